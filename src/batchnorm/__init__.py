@@ -1,0 +1,13 @@
+"""Batch normalization, complete: renormalization, virtual batches, adjustment and several axes.
+
+Import the layer in the dialect of your framework::
+
+    from batchnorm.tensorflow import BatchNormalization
+    from batchnorm.numpy import BatchNormalization
+
+This module itself imports no framework.
+"""
+
+__all__ = ["__version__"]
+
+__version__ = "0.1.0"

@@ -1,0 +1,40 @@
+"""What a layer remembers: the names of its variables in creation order, and checkpoints of both generations."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from .algebra import Array, Namespace
+from .options import Options
+
+__all__ = ["modernize", "names"]
+
+
+def names(options: Options) -> tuple[str, ...]:
+    """Name the variables of a layer, in the order in which they are made.
+
+    >>> names(Options(scale=False, renorm=True))
+    ('beta', 'moving_mean', 'moving_variance', 'moving_stddev', 'renorm_mean', 'renorm_stddev')
+    """
+    parameters = ("gamma",) * options.scale + ("beta",) * options.center
+    renorm = ("moving_stddev", "renorm_mean", "renorm_stddev") if options.renorm else ()
+    return (*parameters, "moving_mean", "moving_variance", *renorm)
+
+
+def modernize(xp: Namespace, variables: Mapping[str, Array], epsilon: Any) -> dict[str, Array]:
+    """Turn the variables of a renorm layer of the older generation into today's; today's pass through.
+
+    In the first versions of the original the averages of renorm began at zero and were de-biased by the sum of their weights, kept
+    beside them in ``renorm_mean_weight`` and ``renorm_stddev_weight``, and there was no ``moving_stddev``. Averages
+    without any weight yet begin where today's layer begins: at the moving statistics.
+    """
+    present = dict(variables)
+    if "renorm_mean_weight" not in present and "renorm_stddev_weight" not in present:
+        return present
+    sigma = xp.sqrt(xp.maximum(present["moving_variance"], 0) + epsilon)
+    present["moving_stddev"] = sigma
+    for name, initial in (("renorm_mean", present["moving_mean"]), ("renorm_stddev", sigma)):
+        weight = present.pop(f"{name}_weight")
+        present[name] = present[name] / weight if weight > 0 else initial
+    return present

@@ -1,0 +1,12 @@
+"""The layer of TensorFlow 1, back on today's TensorFlow.
+
+>>> import tensorflow as tf
+>>> layer = BatchNormalization(renorm=True, virtual_batch_size=4)
+>>> layer(tf.random.normal([32, 5]), training=True).shape.as_list()
+[32, 5]
+"""
+
+from .layer import InputSpec, Layer
+from .normalization import BatchNormalization, batch_normalization
+
+__all__ = ["BatchNormalization", "InputSpec", "Layer", "batch_normalization"]

@@ -1,0 +1,670 @@
+"""``tf.compat.v1.layers.BatchNormalization`` and ``batch_normalization``, complete, on today's TensorFlow."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import tensorflow as tf
+
+from ..core import algebra, geometry, kernels, state
+from ..core.algebra import Correction, Moments
+from ..core.geometry import Geometry
+from ..core.options import Clipping, Options, received
+from . import namespace as xp
+from .layer import InputSpec, Layer
+from .serialization import get, serialize
+
+__all__ = ["BatchNormalization", "batch_normalization"]
+
+v1 = tf.compat.v1
+
+FUSED_OP = "FusedBatchNormV3"
+_HALF = ("float16", "bfloat16")
+
+
+class BatchNormalization(Layer):
+    r"""Batch normalization with every option of ``tf.compat.v1.layers.BatchNormalization``.
+
+    In training (``training=True``) each feature is normalized by the mean m and the biased variance v of its values
+    in the batch, or in each virtual batch,
+
+    .. math:: y = \left(\left(\frac{x - m}{\sqrt{v + ε}} r + d\right) a + b\right) γ + β,
+
+    with r = 1, d = 0 unless `renorm`, and a = 1, b = 0 unless `adjustment`. In inference m and v are the moving
+    averages, and r, d, a and b are left out. 16-bit inputs are computed in float32.
+
+    In a v1 graph the moving averages are updated by the operations in `updates`, which are also in the collection
+    UPDATE_OPS: run them with the train op. Eagerly and in ``tf.function`` the call itself updates them.
+
+    Args:
+        axis: The feature axis, or a list of them: 1 after a convolution with ``data_format="channels_first"``.
+            Several axes are normalized together; the variables then have the rank of the input, with size 1 on the
+            other axes.
+        momentum: Weight of the old value in the moving averages, in [0, 1]; a number or a scalar tensor.
+        epsilon: Added to the variance.
+        center: Whether there is an offset `beta`.
+        scale: Whether there is a scale `gamma`.
+        beta_initializer: A function of shape and dtype, its name or its configuration. So are `gamma_initializer`,
+            `moving_mean_initializer` and `moving_variance_initializer`.
+        moving_mean_initializer: Also initializes renorm's mean.
+        moving_variance_initializer: Its square root also initializes renorm's standard deviation.
+        beta_regularizer: Function of beta to a penalty, its name or its configuration. So is `gamma_regularizer`.
+        beta_constraint: Projection of beta, for the optimizer. So is `gamma_constraint`.
+        renorm: Whether to use batch renormalization, which normalizes in training almost as in inference, so that
+            small or uneven batches do little harm.
+        renorm_clipping: Dictionary with any of 'rmin', 'rmax' and 'dmax', numbers or scalar tensors or variables,
+            that limit r to [rmin, rmax] and d to [-dmax, dmax].
+        renorm_momentum: Weight of the old value in the averages that r and d are computed from.
+        fused: None or True for the fastest implementation that can serve, False for the composed one.
+        trainable: Whether gamma and beta are trained and the moving averages updated. It does not switch to
+            inference; `training` does.
+        virtual_batch_size: Samples in each virtual batch ("ghost batch normalization"); sample i of N is in virtual
+            batch i mod (N / virtual_batch_size). It must divide the batch in training. Variables then have one axis
+            more, of size 1, at index 1.
+        adjustment: Function of the (dynamic) shape of the input to a pair (scale, bias), called in training only; a
+            and b above. Both must broadcast to the input. Cannot be used with `virtual_batch_size`.
+        name: Name of the layer.
+        **kwargs: As for `Layer`: ``dtype``, ``_scope``, ``_reuse`` and others.
+
+    Raises:
+        TypeError: For an argument of the wrong type.
+        ValueError: For a value out of range, or for options that exclude each other.
+
+    References:
+        Ioffe & Szegedy, "Batch Normalization: Accelerating Deep Network Training by Reducing Internal Covariate
+        Shift", 2015. Ioffe, "Batch Renormalization: Towards Reducing Minibatch Dependence in Batch-Normalized
+        Models", 2017. Hoffer et al., "Train longer, generalize better", 2017 (virtual batches).
+
+    >>> layer = BatchNormalization(momentum=0.5)
+    >>> layer(tf.constant([[1.0, 10.0], [3.0, 30.0]]), training=True).numpy().round(2)
+    array([[-1., -1.],
+           [ 1.,  1.]], dtype=float32)
+    >>> layer.moving_mean.numpy()
+    array([ 1., 10.], dtype=float32)
+    """
+
+    def __init__(
+        self,
+        axis: int | list[int] | tuple[int, ...] = -1,
+        momentum: Any = 0.99,
+        epsilon: float = 1e-3,
+        center: bool = True,
+        scale: bool = True,
+        beta_initializer: Any = v1.zeros_initializer(),  # noqa: B008 - the original's signature; stateless
+        gamma_initializer: Any = v1.ones_initializer(),  # noqa: B008
+        moving_mean_initializer: Any = v1.zeros_initializer(),  # noqa: B008
+        moving_variance_initializer: Any = v1.ones_initializer(),  # noqa: B008
+        beta_regularizer: Any = None,
+        gamma_regularizer: Any = None,
+        beta_constraint: Any = None,
+        gamma_constraint: Any = None,
+        renorm: bool = False,
+        renorm_clipping: dict[str, Any] | None = None,
+        renorm_momentum: Any = 0.99,
+        fused: bool | None = None,
+        trainable: bool = True,
+        virtual_batch_size: int | None = None,
+        adjustment: Callable[[Any], tuple[Any, Any]] | None = None,
+        name: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self._options = Options(
+            axis=axis,
+            decay=momentum,
+            epsilon=epsilon,
+            center=center,
+            scale=scale,
+            renorm=renorm,
+            renorm_clipping=Clipping.of(renorm_clipping),
+            renorm_decay=renorm_momentum,
+            fused=fused,
+            virtual_batch_size=virtual_batch_size,
+            adjustment=adjustment,
+        )
+        functions = {
+            "beta_initializer": beta_initializer,
+            "gamma_initializer": gamma_initializer,
+            "moving_mean_initializer": moving_mean_initializer,
+            "moving_variance_initializer": moving_variance_initializer,
+            "beta_regularizer": beta_regularizer,
+            "gamma_regularizer": gamma_regularizer,
+            "beta_constraint": beta_constraint,
+            "gamma_constraint": gamma_constraint,
+        }
+        for argument, value in functions.items():
+            setattr(self, argument, get(argument, value))
+        super().__init__(trainable=trainable, name=name, **kwargs)
+        self._geometry: Geometry | None = None
+        self.gamma: Any = None
+        self.beta: Any = None
+        self.supports_masking = False
+
+    # The options, under the names that the original gave them.
+
+    @property
+    def axis(self) -> int | list[int]:
+        """The feature axis or axes, as given."""
+        axis = self._options.axis
+        return axis if isinstance(axis, int) else list(axis)
+
+    @property
+    def momentum(self) -> Any:
+        """Weight of the old value in the moving averages."""
+        return self._options.decay
+
+    @property
+    def epsilon(self) -> Any:
+        """Added to the variance."""
+        return self._options.epsilon
+
+    @property
+    def center(self) -> bool:
+        """Whether there is an offset."""
+        return self._options.center
+
+    @property
+    def scale(self) -> bool:
+        """Whether there is a scale."""
+        return self._options.scale
+
+    @property
+    def renorm(self) -> bool:
+        """Whether batch renormalization is used."""
+        return self._options.renorm
+
+    @property
+    def renorm_clipping(self) -> dict[str, Any]:
+        """Limits of the correction, those that were given."""
+        clipping = self._options.renorm_clipping
+        limits = {"rmin": clipping.rmin, "rmax": clipping.rmax, "dmax": clipping.dmax}
+        return {key: value for key, value in limits.items() if value is not None}
+
+    @property
+    def renorm_momentum(self) -> Any:
+        """Weight of the old value in the averages of renorm."""
+        return self._options.renorm_decay
+
+    @property
+    def fused(self) -> bool | None:
+        """Whether a fused implementation was asked for."""
+        return self._options.fused
+
+    @property
+    def virtual_batch_size(self) -> int | None:
+        """Samples in each virtual batch."""
+        return self._options.virtual_batch_size
+
+    @property
+    def adjustment(self) -> Callable[[Any], tuple[Any, Any]] | None:
+        """The function that gives scale and bias in training."""
+        return self._options.adjustment
+
+    @property
+    def kernel(self) -> str:
+        """Name of the implementation that serves, known from the first call on: ``"composed"`` or a fused one's.
+
+        Raises:
+            ValueError: Before the layer is built.
+
+        >>> layer = BatchNormalization()
+        >>> y = layer(tf.zeros([2, 4, 4, 3]))
+        >>> layer.kernel
+        'FusedBatchNormV3'
+        """
+        return kernels.select(self._options.fused, {FUSED_OP: self._fusible})
+
+    @property
+    def _plan(self) -> Geometry:
+        if self._geometry is None:
+            raise ValueError(f"layer {self.name} has not been built.")
+        return self._geometry
+
+    @property
+    def _fusible(self) -> bool:
+        """Where the original could take its fused path: plain batches of rank 4 or 5 with features on axis 1 or last.
+
+        The path shows: the moving variance is then the unbiased one, and epsilon has a floor. So the rule must stand,
+        whatever kernel serves.
+        """
+        options, plan = self._options, self._plan
+        return (
+            plan.rank in (4, 5)
+            and plan.axes in ((1,), (plan.rank - 1,))
+            and not options.renorm
+            and options.virtual_batch_size is None
+            and options.adjustment is None
+            and self.compute_dtype in (*_HALF, "float32")
+        )
+
+    # Building.
+
+    def build(self, input_shape: Any) -> None:
+        """Make the variables for inputs of a shape.
+
+        Raises:
+            ValueError: If the options do not fit the shape.
+        """
+        shape = tf.TensorShape(input_shape)
+        if shape.rank is None:
+            raise ValueError("inputs must have a known rank; received a tensor of unknown rank.")
+        options = self._options
+        axis = options.axis if isinstance(options.axis, int) else tuple(options.axis)
+        plan = geometry.plan(tuple(shape), axis, options.virtual_batch_size)
+        if self._dtype is None:
+            self._set_dtype(tf.float32)
+        makers = {
+            "gamma": self.gamma_initializer,
+            "beta": self.beta_initializer,
+            "moving_mean": self.moving_mean_initializer,
+            "moving_variance": self.moving_variance_initializer,
+            "moving_stddev": self._initial_stddev,
+            "renorm_mean": self.moving_mean_initializer,
+            "renorm_stddev": self._initial_stddev,
+        }
+        dtype = tf.float32 if self._dtype in _HALF else tf.as_dtype(self._dtype)
+        for name in state.names(options):
+            how: dict[str, Any] = {}
+            if name in ("gamma", "beta"):
+                how = {
+                    "regularizer": getattr(self, f"{name}_regularizer"),
+                    "constraint": getattr(self, f"{name}_constraint"),
+                }
+            else:
+                how = {
+                    "trainable": False,
+                    "synchronization": tf.VariableSynchronization.ON_READ,
+                    "aggregation": tf.VariableAggregation.MEAN,
+                }
+            with _unpartitioned(self._scope if name not in ("gamma", "beta") else None):
+                variable = self.add_weight(name, plan.parameter_shape, dtype, makers[name], **how)
+            setattr(self, name, variable)
+        self._geometry = plan
+        self.input_spec = InputSpec(plan.rank, dict(plan.features))
+        self.built = True
+
+    def _initial_stddev(self, shape: Any, dtype: Any = tf.float32, **kwargs: Any) -> Any:
+        return tf.sqrt(self.moving_variance_initializer(shape, dtype=dtype, **kwargs))
+
+    # Calling.
+
+    def __call__(self, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """Normalize a batch.
+
+        Args:
+            inputs: Tensor of floating-point numbers.
+            *args: `training` as a positional argument.
+            **kwargs: `training`, see `call`; ``scope``, a variable scope to build in.
+
+        Returns:
+            Tensor of the shape of `inputs`, of the layer's type.
+
+        Raises:
+            TypeError: If the inputs are not floating-point numbers.
+            ValueError: If they do not fit the options, or the shape that the layer was built for.
+        """
+        inputs = tf.convert_to_tensor(inputs)
+        if not inputs.dtype.is_floating:
+            raise TypeError(f"inputs must be floating-point numbers; received dtype {inputs.dtype.name}.")
+        if self.built:
+            if inputs.shape.rank is None:
+                raise ValueError(f"inputs must have rank {self._plan.rank}, as built for; received an unknown rank.")
+            self._plan.check_input(tuple(inputs.shape))
+        return super().__call__(inputs, *args, **kwargs)
+
+    def call(self, inputs: Any, training: Any = False) -> Any:
+        """Normalize a batch; `__call__` is what users call.
+
+        Args:
+            inputs: Tensor of the shape that the layer was built for.
+            training: Python bool or int, or a scalar boolean tensor such as a placeholder: whether to normalize by
+                the batch (and update the moving averages) or by the moving averages.
+
+        Returns:
+            Tensor of the shape of `inputs`.
+        """
+        x = tf.cast(inputs, self.compute_dtype)
+        training = _condition(training)
+        if training is False:
+            return self._infer(x)
+        # Outside of any conditional, so that what it makes can be used by others, as in the original.
+        adjustment = self._adjust(x)
+        if training is True:
+            y, moments = self._train(x, adjustment)
+        else:
+            y, moments = tf.cond(
+                training,
+                lambda: self._train(x, adjustment),
+                lambda: (self._infer(x), self._moving_moments()),
+            )
+            moments = Moments(*moments)
+        y.set_shape(inputs.shape)
+        self._update(x, moments, training)
+        return y
+
+    def _train(self, x: Any, adjustment: tuple[Any, Any] | None) -> tuple[Any, Moments]:
+        """Normalize by the batch; also return the moments that the averages move to, of the parameters' shape."""
+        if self.kernel == FUSED_OP:
+            y, moments = self._fused(x)
+            return y, moments
+        options, plan = self._options, self._plan
+        wide = tf.cast(x, self._wide)
+        shape = plan.split(_dimensions(x, self._divisibility))
+        view = wide if plan.group_axis is None else tf.reshape(wide, shape)
+        moments = kernels.moments(xp, view, plan.reduced_axes, self._count(shape))
+        averaged = algebra.average_groups(xp, moments, plan.group_axis)
+        renorm = None
+        reads = []
+        if options.renorm:
+            mean, stddev = (self._read(name, plan.view_shape) for name in ("renorm_mean", "renorm_stddev"))
+            renorm = Correction(
+                *(
+                    tf.stop_gradient(one)
+                    for one in algebra.correction(
+                        xp, averaged, mean, stddev, self._options.epsilon, _cast_clipping(options.renorm_clipping, self._wide)
+                    )
+                )
+            )
+            reads = list(renorm)
+        affine = algebra.affine(
+            xp,
+            moments,
+            self._options.epsilon,
+            correction=renorm,
+            adjustment=adjustment,
+            gamma=self._read("gamma", plan.view_shape),
+            beta=self._read("beta", plan.view_shape),
+        )
+        y = kernels.scale_shift(view, affine)
+        if plan.group_axis is not None:
+            y = tf.reshape(y, _dimensions(x))
+        with tf.control_dependencies(reads):  # r and d are of the averages before this step
+            averaged = Moments(*(tf.reshape(moment, plan.parameter_shape) for moment in averaged))
+        return tf.cast(y, x.dtype), averaged
+
+    def _infer(self, x: Any) -> Any:
+        plan = self._plan
+        if self.kernel == FUSED_OP:
+            moving = Moments(self._read("moving_mean"), self._read("moving_variance"))
+            return self._fused(x, moving)[0]
+        shape = plan.input_shape
+        moments = Moments(self._read("moving_mean", shape), self._read("moving_variance", shape))
+        gamma, beta = self._read("gamma", shape), self._read("beta", shape)
+        affine = algebra.affine(xp, moments, self._options.epsilon, gamma=gamma, beta=beta)
+        return tf.cast(kernels.scale_shift(tf.cast(x, self._wide), affine), x.dtype)
+
+    def _fused(self, x: Any, moving: Moments | None = None) -> tuple[Any, Moments]:
+        """TensorFlow's own fused operation; its variance in training is the unbiased one."""
+        plan = self._plan
+        first = plan.axes == (1,)
+        gamma, beta = self._read("gamma"), self._read("beta")
+        y, mean, variance = v1.nn.fused_batch_norm(
+            x,
+            tf.ones(plan.parameter_shape) if gamma is None else gamma,
+            tf.zeros(plan.parameter_shape) if beta is None else beta,
+            *(moving or ()),
+            epsilon=self._options.epsilon,
+            data_format=("NC" + "DHW"[5 - plan.rank :]) if first else ("N" + "DHW"[5 - plan.rank :] + "C"),
+            is_training=moving is None,
+        )
+        return y, Moments(mean, variance)
+
+    def _update(self, x: Any, moments: Moments, training: Any) -> None:
+        """Move the averages; in a graph, record the operations that do."""
+        if v1.executing_eagerly_outside_functions() and not self.trainable:
+            return
+        if tf.distribute.has_strategy() and tf.distribute.in_cross_replica_context():
+            return  # replicas update; outside of them there is no batch of one's own
+        options = self._options
+        active = None if training is True else training
+        count = self._count(_dimensions(x))
+        if not isinstance(count, int):
+            active = count > 0 if active is None else tf.logical_and(active, count > 0)
+        elif count == 0:
+            return
+        targets = algebra.targets(
+            xp, moments, moments.variance, self._options.epsilon, options.decay, options.renorm, options.renorm_decay
+        )
+        moved = {name: self._move(getattr(self, name), target, active) for name, target in targets.items()}
+        if options.renorm:
+            variance = algebra.inference_variance(xp, tf.convert_to_tensor(moved["moving_stddev"]), self._options.epsilon)
+            if active is not None:
+                variance = tf.where(active, variance, tf.convert_to_tensor(self.moving_variance))
+            moved["moving_variance"] = self.moving_variance.assign(variance)
+        if not tf.executing_eagerly():
+            means = [moved.pop(name) for name in ("moving_mean", "renorm_mean") if name in moved]
+            self.add_update([_grouped(means), _grouped(list(moved.values()))])
+
+    def _move(self, variable: Any, target: algebra.Target, active: Any) -> Any:
+        old = tf.convert_to_tensor(variable)
+        new = tf.cast(target.value, old.dtype)
+        if active is not None:
+            new = tf.where(active, new, old)
+        decay = target.decay if isinstance(target.decay, (int, float)) else tf.cast(target.decay, old.dtype)
+        return variable.assign_sub(algebra.decrement(old, new, decay))
+
+    def _adjust(self, x: Any) -> tuple[Any, Any] | None:
+        adjustment = self._options.adjustment
+        if adjustment is None:
+            return None
+        pair = adjustment(tf.shape(x))
+        if not isinstance(pair, (list, tuple)) or len(pair) != 2:
+            raise ValueError(f"adjustment must return a pair (scale, bias); {received(pair)}.")
+        scale, bias = (tf.cast(value, self._wide) for value in pair)
+        for value in (scale, bias):
+            try:
+                fits = tf.broadcast_static_shape(value.shape, x.shape).is_compatible_with(x.shape)
+            except ValueError:
+                fits = False
+            if not fits:
+                raise ValueError(
+                    f"adjustment must return tensors that broadcast to the inputs' shape {x.shape}; "
+                    f"received shape {value.shape}."
+                )
+        return scale, bias
+
+    # Small parts.
+
+    @property
+    def _wide(self) -> Any:
+        """The type of all arithmetic."""
+        return tf.float64 if self.compute_dtype == "float64" else tf.float32
+
+    def _read(self, name: str, shape: tuple[int, ...] | None = None) -> Any:
+        variable = getattr(self, name)
+        if variable is None:
+            return None
+        value = tf.cast(tf.convert_to_tensor(variable), self._wide)
+        return value if shape is None else tf.reshape(value, shape)
+
+    def _moving_moments(self) -> Moments:
+        return Moments(self._read("moving_mean"), self._read("moving_variance"))
+
+    def _count(self, shape: tuple[Any, ...]) -> Any:
+        count = self._plan.count(shape)
+        return count if isinstance(count, int) else tf.cast(count, self._wide)
+
+    def _divisibility(self, batch: Any) -> Any:
+        """Check a dynamic batch size before it is used."""
+        size = self._options.virtual_batch_size
+        if size is None:
+            return batch
+        message = f"virtual_batch_size must divide the batch size in training; received virtual_batch_size={size}"
+        check = tf.debugging.Assert(tf.equal(batch % size, 0), [message, "and a batch of", batch])
+        with tf.control_dependencies([check] if check is not None else []):
+            return tf.identity(batch)
+
+    # Configuration.
+
+    def get_config(self) -> dict[str, Any]:
+        """The arguments of this layer, without its variables; an adjustment cannot be part of it.
+
+        >>> layer = BatchNormalization(axis=[1, 2], renorm=True, renorm_clipping={"rmax": 3.0})
+        >>> BatchNormalization.from_config(layer.get_config()).renorm_clipping
+        {'rmax': 3.0}
+        """
+        config = {
+            "axis": self.axis,
+            "momentum": self.momentum,
+            "epsilon": self.epsilon,
+            "center": self.center,
+            "scale": self.scale,
+        }
+        for parameter in ("beta", "gamma", "moving_mean", "moving_variance"):
+            config[f"{parameter}_initializer"] = serialize(getattr(self, f"{parameter}_initializer"))
+        for kind in ("regularizer", "constraint"):
+            for parameter in ("beta", "gamma"):
+                config[f"{parameter}_{kind}"] = serialize(getattr(self, f"{parameter}_{kind}"))
+        if self.renorm:
+            config |= {
+                "renorm": True,
+                "renorm_clipping": self.renorm_clipping,
+                "renorm_momentum": self.renorm_momentum,
+            }
+        if self.fused is not None:
+            config["fused"] = self.fused
+        if self.virtual_batch_size is not None:
+            config["virtual_batch_size"] = self.virtual_batch_size
+        if self.adjustment is not None:
+            warnings.warn(
+                f"the adjustment of layer {self.name} is a function, and is left out of its configuration.",
+                stacklevel=2,
+            )
+        return super().get_config() | config
+
+
+def batch_normalization(
+    inputs: Any,
+    axis: int | list[int] | tuple[int, ...] = -1,
+    momentum: Any = 0.99,
+    epsilon: float = 1e-3,
+    center: bool = True,
+    scale: bool = True,
+    beta_initializer: Any = v1.zeros_initializer(),  # noqa: B008 - the original's signature; stateless
+    gamma_initializer: Any = v1.ones_initializer(),  # noqa: B008
+    moving_mean_initializer: Any = v1.zeros_initializer(),  # noqa: B008
+    moving_variance_initializer: Any = v1.ones_initializer(),  # noqa: B008
+    beta_regularizer: Any = None,
+    gamma_regularizer: Any = None,
+    beta_constraint: Any = None,
+    gamma_constraint: Any = None,
+    training: Any = False,
+    trainable: bool = True,
+    name: str | None = None,
+    reuse: Any = None,
+    renorm: bool = False,
+    renorm_clipping: dict[str, Any] | None = None,
+    renorm_momentum: Any = 0.99,
+    fused: bool | None = None,
+    virtual_batch_size: int | None = None,
+    adjustment: Callable[[Any], tuple[Any, Any]] | None = None,
+) -> Any:
+    """Make a `BatchNormalization` layer and apply it, for v1 graphs.
+
+    Each call makes variables of its own, unless `reuse` and `name` (or an enclosing variable scope) say which to use
+    again; that needs a graph, so eagerly use the class.
+
+    Args:
+        inputs: Tensor of floating-point numbers.
+        axis: This and all others are as for `BatchNormalization`, but for these:
+        training: Whether to normalize by the batch; Python bool, or a scalar boolean tensor.
+        reuse: Whether to use the variables of an earlier layer of the same name; or ``tf.compat.v1.AUTO_REUSE``.
+
+    Returns:
+        Tensor of the shape of `inputs`.
+
+    Raises:
+        TypeError: For an argument of the wrong type.
+        ValueError: For a value out of range, or for options that exclude each other.
+
+    >>> with tf.Graph().as_default(), v1.Session() as session:
+    ...     x = v1.placeholder(tf.float32, [None, 3])
+    ...     y = batch_normalization(x, training=True, name="first")
+    ...     updates = v1.get_collection(v1.GraphKeys.UPDATE_OPS)
+    ...     [variable.name for variable in v1.trainable_variables()]
+    ['first/gamma:0', 'first/beta:0']
+    """
+    layer = BatchNormalization(
+        axis=axis,
+        momentum=momentum,
+        epsilon=epsilon,
+        center=center,
+        scale=scale,
+        beta_initializer=beta_initializer,
+        gamma_initializer=gamma_initializer,
+        moving_mean_initializer=moving_mean_initializer,
+        moving_variance_initializer=moving_variance_initializer,
+        beta_regularizer=beta_regularizer,
+        gamma_regularizer=gamma_regularizer,
+        beta_constraint=beta_constraint,
+        gamma_constraint=gamma_constraint,
+        renorm=renorm,
+        renorm_clipping=renorm_clipping,
+        renorm_momentum=renorm_momentum,
+        fused=fused,
+        trainable=trainable,
+        virtual_batch_size=virtual_batch_size,
+        adjustment=adjustment,
+        name=name,
+        _reuse=reuse,
+        _scope=name,
+    )
+    return layer.apply(inputs, training=training)
+
+
+class _unpartitioned:  # noqa: N801 - a context manager
+    """Statistics are never split, whatever partitioner the variable scope has."""
+
+    def __init__(self, scope: Any) -> None:
+        self._scope = scope
+
+    def __enter__(self) -> None:
+        if self._scope is not None:
+            self._partitioner = self._scope.partitioner
+            self._scope.set_partitioner(None)
+
+    def __exit__(self, *error: Any) -> None:
+        if self._scope is not None:
+            self._scope.set_partitioner(self._partitioner)
+
+
+def _condition(training: Any) -> Any:
+    """True, False, or a boolean scalar tensor that is one of them later."""
+    if training is None:
+        return False
+    value = tf.get_static_value(training) if tf.is_tensor(training) else training
+    if isinstance(training, tf.Variable) and tf.executing_eagerly():
+        value = training.numpy()
+    if value is None or isinstance(value, tf.Variable):
+        tensor = tf.convert_to_tensor(training)
+        if tensor.shape.rank not in (0, None):
+            raise ValueError(f"training must be a scalar; received a tensor of shape {tensor.shape}.")
+        return tf.cast(tensor, tf.bool)
+    try:
+        return bool(value)
+    except (TypeError, ValueError):
+        raise TypeError(f"training must be a bool or a scalar boolean tensor; {received(training)}.") from None
+
+
+def _dimensions(x: Any, check: Callable[[Any], Any] | None = None) -> tuple[Any, ...]:
+    """The shape of a tensor, each size an int where it is known, else a scalar tensor; the first one checked."""
+    static = tuple(x.shape)
+    if None not in static:
+        return static
+    dynamic = tf.shape(x)
+    sizes = [dynamic[axis] if size is None else size for axis, size in enumerate(static)]
+    if static[0] is None and check is not None:
+        sizes[0] = check(sizes[0])
+    return tuple(sizes)
+
+
+def _cast_clipping(clipping: Clipping, dtype: Any) -> Clipping:
+    def cast(limit: Any) -> Any:
+        return limit if limit is None else tf.cast(limit, dtype)
+
+    return Clipping(cast(clipping.rmin), cast(clipping.rmax), cast(clipping.dmax))
+
+
+def _grouped(updates: list[Any]) -> Any:
+    return tf.group(*(update.op if tf.is_tensor(update) else update for update in updates))

@@ -6,7 +6,16 @@
 [32, 5]
 """
 
+from .checkpoints import modernize_checkpoint
 from .layer import InputSpec, Layer
 from .normalization import BatchNormalization, batch_normalization
+from .restoring import restore
 
-__all__ = ["BatchNormalization", "InputSpec", "Layer", "batch_normalization"]
+__all__ = [
+    "BatchNormalization",
+    "InputSpec",
+    "Layer",
+    "batch_normalization",
+    "modernize_checkpoint",
+    "restore",
+]

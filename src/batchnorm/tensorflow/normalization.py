@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import numbers
 import warnings
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import tensorflow as tf
 
 from ..core import algebra, geometry, kernels, state
@@ -251,7 +253,7 @@ class BatchNormalization(Layer):
             raise ValueError("inputs must have a known rank; received a tensor of unknown rank.")
         options = self._options
         axis = options.axis if isinstance(options.axis, int) else tuple(options.axis)
-        plan = geometry.plan(tuple(shape), axis, options.virtual_batch_size)
+        plan = geometry.plan(tuple(shape.as_list()), axis, options.virtual_batch_size)
         if self._dtype is None:
             self._set_dtype(tf.float32)
         makers = {
@@ -310,7 +312,7 @@ class BatchNormalization(Layer):
         if self.built:
             if inputs.shape.rank is None:
                 raise ValueError(f"inputs must have rank {self._plan.rank}, as built for; received an unknown rank.")
-            self._plan.check_input(tuple(inputs.shape))
+            self._plan.check_input(inputs.shape.as_list())
         return super().__call__(inputs, *args, **kwargs)
 
     def call(self, inputs: Any, training: Any = False) -> Any:
@@ -412,23 +414,24 @@ class BatchNormalization(Layer):
 
     def _update(self, x: Any, moments: Moments, training: Any) -> None:
         """Move the averages; in a graph, record the operations that do."""
-        if v1.executing_eagerly_outside_functions() and not self.trainable:
-            return
         if tf.distribute.has_strategy() and tf.distribute.in_cross_replica_context():
             return  # replicas update; outside of them there is no batch of one's own
         options = self._options
         active = None if training is True else training
-        count = self._count(_dimensions(x))
-        if not isinstance(count, int):
-            active = count > 0 if active is None else tf.logical_and(active, count > 0)
-        elif count == 0:
+        size = x.shape.num_elements()
+        if size is None:
+            active = tf.size(x) > 0 if active is None else tf.logical_and(active, tf.size(x) > 0)
+        elif size == 0:
             return
         targets = algebra.targets(
-            xp, moments, moments.variance, self._options.epsilon, options.decay, options.renorm, options.renorm_decay
+            xp, moments, moments.variance, options.epsilon, options.decay, options.renorm, options.renorm_decay
         )
+        if v1.executing_eagerly_outside_functions() and not self.trainable:
+            # Nothing for inference moves. As in the original, renorm's own averages do, for they serve training.
+            targets = {name: target for name, target in targets.items() if name.startswith("renorm")}
         moved = {name: self._move(getattr(self, name), target, active) for name, target in targets.items()}
-        if options.renorm:
-            variance = algebra.inference_variance(xp, tf.convert_to_tensor(moved["moving_stddev"]), self._options.epsilon)
+        if "moving_stddev" in moved:
+            variance = algebra.inference_variance(xp, tf.convert_to_tensor(moved["moving_stddev"]), options.epsilon)
             if active is not None:
                 variance = tf.where(active, variance, tf.convert_to_tensor(self.moving_variance))
             moved["moving_variance"] = self.moving_variance.assign(variance)
@@ -441,7 +444,11 @@ class BatchNormalization(Layer):
         new = tf.cast(target.value, old.dtype)
         if active is not None:
             new = tf.where(active, new, old)
-        decay = target.decay if isinstance(target.decay, (int, float)) else tf.cast(target.decay, old.dtype)
+        if isinstance(target.decay, numbers.Real):
+            # The original takes the step in float32, whatever the type of the variable.
+            decay: Any = 1 - float(np.float32(1 - float(target.decay)))
+        else:
+            decay = tf.cast(target.decay, old.dtype)
         return variable.assign_sub(algebra.decrement(old, new, decay))
 
     def _adjust(self, x: Any) -> tuple[Any, Any] | None:
@@ -649,7 +656,7 @@ def _condition(training: Any) -> Any:
 
 def _dimensions(x: Any, check: Callable[[Any], Any] | None = None) -> tuple[Any, ...]:
     """The shape of a tensor, each size an int where it is known, else a scalar tensor; the first one checked."""
-    static = tuple(x.shape)
+    static = tuple(x.shape.as_list())  # iterating would give Dimension objects in TensorFlow 1 behavior
     if None not in static:
         return static
     dynamic = tf.shape(x)

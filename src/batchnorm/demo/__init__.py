@@ -1,0 +1,124 @@
+"""The demo: what the papers claim, measured in minutes on small images of digits."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .digits import Digits
+    from .experiments import Comparison, Curve, Experiment, Outcome, Result, Run
+
+__all__ = ["main"]
+
+_PACKAGES = {"tensorflow": "TensorFlow", "sklearn": "scikit-learn", "matplotlib": "Matplotlib", "rich": "Rich"}
+
+
+def main(argv: Sequence[str] | None = None, prog: str = "batchnorm demo") -> int:
+    """Run the demo from the command line.
+
+    Args:
+        argv: The arguments, by default those of the process.
+        prog: Name of the command in messages.
+
+    Returns:
+        The exit status: 0, or 2 if a package is missing.
+    """
+    arguments = _parser(prog).parse_args(argv)
+    if not arguments.output.absolute().parent.is_dir():
+        print(f"{prog}: --output must be in a folder that exists; received {arguments.output}", file=sys.stderr)
+        return 2
+    try:
+        run = _framework(arguments.framework)
+        from . import digits, experiments, report
+    except ModuleNotFoundError as error:
+        package = _PACKAGES.get((error.name or "").partition(".")[0])
+        if package is None:
+            raise
+        print(f'{prog} needs {package}: pip install "batchnorm[demo]"', file=sys.stderr)
+        return 2
+    comparisons = experiments.quick(experiments.COMPARISONS) if arguments.quick else experiments.COMPARISONS
+    report.announce(comparisons, arguments.seeds)
+    results = _measure(run, comparisons, digits.load(), arguments.seeds)
+    report.show(results)
+    report.draw(results, arguments.output)
+    return 0
+
+
+def _parser(prog: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=prog,
+        description="Train small networks on scans of digits, with and without each feature of the layer; print a "
+        "table and draw a figure. Takes two to three minutes on two cores.",
+    )
+    parser.add_argument(
+        "--output", type=Path, default=Path("batchnorm-demo.png"), metavar="PATH", help="figure to write, a PNG"
+    )
+    parser.add_argument("--seeds", type=_positive, default=3, metavar="N", help="runs of each experiment (default: 3)")
+    parser.add_argument("--framework", choices=["tensorflow"], default="tensorflow", help="what to run it on")
+    parser.add_argument("--quick", action="store_true", help="train for two steps only, to see that all of it works")
+    return parser
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1; received {value}")
+    return value
+
+
+def _framework(name: str) -> Run:
+    """Import what runs the experiments; quietly, for TensorFlow reports on the processor while it is imported."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    with _silence():
+        run: Run = importlib.import_module(f".{name}", __name__).run
+    return run
+
+
+@contextlib.contextmanager
+def _silence() -> Iterator[None]:
+    """Discard what libraries write to the standard error stream, past Python and before any log level holds."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    try:
+        with open(os.devnull, "wb") as nothing:
+            os.dup2(nothing.fileno(), 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
+def _measure(run: Run, comparisons: Sequence[Comparison], digits: Digits, seeds: int) -> list[Result]:
+    """Run every experiment with every seed, as many at a time as there are processors."""
+    from .experiments import Outcome, Result
+    from .report import Progress
+
+    with Progress(comparisons, seeds) as progress, ThreadPoolExecutor(min(os.cpu_count() or 1, 8)) as pool:
+
+        def job(comparison: Comparison, experiment: Experiment, seed: int) -> Curve:
+            curve = run(experiment, digits, seed, lambda steps: progress.advance(comparison, steps))
+            progress.finish()
+            return curve
+
+        jobs = {
+            (comparison, experiment): [pool.submit(job, comparison, experiment, seed) for seed in range(seeds)]
+            for comparison in comparisons
+            for experiment in comparison.experiments
+        }
+
+        def outcome(comparison: Comparison, experiment: Experiment) -> Outcome:
+            return Outcome(experiment, tuple(curve.result() for curve in jobs[comparison, experiment]))
+
+        try:
+            return [Result(one, tuple(outcome(one, each) for each in one.experiments)) for one in comparisons]
+        except BaseException:  # let the runs under way end, and start no other
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise

@@ -6,6 +6,7 @@ What ``tf.compat.v1.layers.Layer`` gave its users, on TensorFlow alone. It works
 
 from __future__ import annotations
 
+import collections
 import contextvars
 import dataclasses
 import re
@@ -209,6 +210,7 @@ class Layer(tf.Module):
         """The same as `weights`."""
         return self.weights
 
+    @tf.autograph.experimental.do_not_convert  # type: ignore[untyped-decorator]
     def add_weight(
         self,
         name: str,
@@ -466,6 +468,11 @@ class Layer(tf.Module):
             return
         if self._reuse:
             opened = v1.variable_scope(scope if scope is not None else self._base_name)
+        elif scope is None and v1.executing_eagerly_outside_functions() and tf.distribute.has_strategy():
+            # Eagerly every layer has variables of its own, whatever its name. But strategies keep variables by name
+            # even then, and would let layers of one name share them, or clash.
+            _replicated[self._base_name] += 1
+            opened = v1.variable_scope(f"{self._base_name}.{_replicated[self._base_name]}")
         else:
             opened = v1.variable_scope(scope, default_name=self._base_name)
         with opened as self._scope:
@@ -503,13 +510,14 @@ class _Entered:
         self._variable_scope.__exit__(*error)
 
 
-_names_in_use: weakref.WeakKeyDictionary[Any, dict[str, int]] = weakref.WeakKeyDictionary()
+_names_in_use: weakref.WeakKeyDictionary[Any, collections.Counter[str]] = weakref.WeakKeyDictionary()
+_replicated: collections.Counter[str] = collections.Counter()
 
 
 def _unique_name(base: str) -> str:
     """Number the layers of a graph from 1, as the original did."""
-    used = _names_in_use.setdefault(v1.get_default_graph(), {})
-    used[base] = used.get(base, 0) + 1
+    used = _names_in_use.setdefault(v1.get_default_graph(), collections.Counter())
+    used[base] += 1
     return f"{base}_{used[base]}"
 
 

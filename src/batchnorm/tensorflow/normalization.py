@@ -291,6 +291,7 @@ class BatchNormalization(Layer):
 
     # Calling.
 
+    @tf.autograph.experimental.do_not_convert  # type: ignore[untyped-decorator]
     def __call__(self, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """Normalize a batch.
 

@@ -18,9 +18,9 @@ import numpy as np
 import numpy.typing as npt
 
 from .core import algebra, geometry, kernels, state
-from .core.algebra import Affine, Correction, Moments
+from .core.algebra import Correction, Moments
 from .core.geometry import Geometry
-from .core.options import Clipping, Options, received
+from .core.options import Clipping, Options, flag, received
 
 __all__ = ["BatchNormalization", "Gradients"]
 
@@ -103,7 +103,7 @@ class BatchNormalization:
         beta_constraint: Callable[[Array], Array] | None = None,
         gamma_constraint: Callable[[Array], Array] | None = None,
         renorm: bool = False,
-        renorm_clipping: Mapping[str, float] | None = None,
+        renorm_clipping: Mapping[str, float | None] | None = None,
         renorm_momentum: float = 0.99,
         fused: bool | None = None,
         trainable: bool = True,
@@ -139,7 +139,7 @@ class BatchNormalization:
             "gamma": _function("gamma_constraint", gamma_constraint),
             "beta": _function("beta_constraint", beta_constraint),
         }
-        self.trainable = trainable
+        self.trainable = flag("trainable", trainable)
         self.name = name
         self.dtype = None if dtype is None else _floating("dtype", np.dtype(dtype))
         self.variables: dict[str, Array] = {}
@@ -197,7 +197,7 @@ class BatchNormalization:
             _check_shape(name, value, plan)
         loaded = self.variables
         self.variables = {
-            name: loaded[name] if name in loaded else self._initial(name, plan.parameter_shape, kept)
+            name: loaded[name].astype(kept) if name in loaded else self._initial(name, plan.parameter_shape, kept)
             for name in state.names(self.options)
         }
         self._geometry = plan
@@ -205,8 +205,8 @@ class BatchNormalization:
     def load(self, variables: Mapping[str, npt.ArrayLike]) -> None:
         """Take over saved variables, by name, such as the contents of an ``.npz`` file or of a checkpoint.
 
-        Checkpoints of the older generation of renorm are converted. Shapes are checked against the layer when it is
-        built, and otherwise at the first call.
+        Checkpoints of the older generation of renorm are converted. Shapes are checked against the layer if it is
+        built, and else at the first call; so are types, to which values are converted.
 
         Raises:
             KeyError: If a variable of this layer is missing.
@@ -226,7 +226,11 @@ class BatchNormalization:
         if self._geometry is not None:
             for name in expected:
                 _check_shape(name, arrays[name], self._geometry)
-        self.variables = {name: arrays[name].copy() for name in expected}
+        present = self.variables
+        self.variables = {
+            name: np.array(arrays[name], present[name].dtype if self._geometry is not None else None)
+            for name in expected
+        }
 
     def __call__(self, inputs: npt.ArrayLike, training: bool = False) -> Array:
         """Normalize a batch; in training also move the statistics.
@@ -244,9 +248,7 @@ class BatchNormalization:
         """
         return self.vjp(inputs, training)[0]
 
-    def vjp(
-        self, inputs: npt.ArrayLike, training: bool = False
-    ) -> tuple[Array, Callable[[npt.ArrayLike], Gradients]]:
+    def vjp(self, inputs: npt.ArrayLike, training: bool = False) -> tuple[Array, Callable[[npt.ArrayLike], Gradients]]:
         """Do what calling the layer does, and also return the function from Σ-gradients of y to `Gradients`.
 
         >>> layer = BatchNormalization()
@@ -256,31 +258,38 @@ class BatchNormalization:
         """
         x = np.asarray(inputs)
         _floating("inputs", x.dtype)
-        if self._geometry is None:
-            self.build(x.shape, x.dtype)
-        self._plan.check_input(x.shape)
-        return self._train(x) if training else self._infer(x)
-
-    def _train(self, x: Array) -> tuple[Array, Callable[[npt.ArrayLike], Gradients]]:
-        options, plan = self.options, self._plan
+        # Whatever can be wrong is found before a variable is made.
+        plan = self._geometry or geometry.plan(x.shape, self._axis, self.options.virtual_batch_size)
+        plan.check_input(x.shape)
+        if not training:
+            self._geometry or self.build(x.shape, x.dtype)
+            return self._infer(x)
         view = x.reshape(plan.split(x.shape)).astype(Wide)
-        axes, count = plan.reduced_axes, plan.count(view.shape)
-        moments = kernels.moments(np, view, axes, count)
-        averaged = algebra.average_groups(np, moments, plan.group_axis)
-        renorm = self._correction(averaged) if options.renorm else None
         adjustment = self._adjust(x.shape)
+        self._geometry or self.build(x.shape, x.dtype)
+        return self._train(x, view, adjustment)
+
+    def _train(
+        self, x: Array, view: Array, adjustment: tuple[Array, Array] | None
+    ) -> tuple[Array, Callable[[npt.ArrayLike], Gradients]]:
+        options, plan = self.options, self._plan
+        axes = plan.reduced_axes
+        moments = kernels.moments(np, view, axes, plan.count(view.shape), kernels.origin(np, view, axes))
+        averaged = algebra.average_groups(np, moments, plan.group_axis, view.shape[1] if plan.group_axis else 1)
+        renorm = self._correction(averaged) if options.renorm else None
         gamma, beta = self._parameter("gamma", plan.view_shape), self._parameter("beta", plan.view_shape)
         affine = algebra.affine(
             np, moments, options.epsilon, correction=renorm, adjustment=adjustment, gamma=gamma, beta=beta
         )
         y = kernels.scale_shift(view, affine).reshape(x.shape).astype(x.dtype)
-        if self.trainable and count:
+        if self.trainable and x.size:
             self._update(averaged)
-        gradient = functools.partial(self._train_gradient, x.dtype, view, moments, renorm, adjustment, gamma)
+        gradient = functools.partial(self._train_gradient, x.shape, x.dtype, view, moments, renorm, adjustment, gamma)
         return y, gradient
 
     def _train_gradient(
         self,
+        shape: tuple[int, ...],
         dtype: np.dtype[Any],
         view: Array,
         moments: Moments,
@@ -301,7 +310,6 @@ class BatchNormalization:
         combination = algebra.combination(np, moments, epsilon, count, g * r, dy_sum, dy_centered_sum)
         dx = kernels.gradient_combine(inner, view, combination)
         corrected = (view - moments.mean) / algebra.stddev(np, moments.variance, epsilon) * r + d
-        shape = (-1, *view.shape[2:]) if plan.group_axis is not None else view.shape
         return Gradients(
             dx.reshape(shape).astype(dtype),
             self._sum_to_parameter("gamma", upstream * (corrected * a + b)),
@@ -314,21 +322,18 @@ class BatchNormalization:
     def _infer(self, x: Array) -> tuple[Array, Callable[[npt.ArrayLike], Gradients]]:
         plan, epsilon = self._plan, self.options.epsilon
         shape = plan.input_shape
-        moments = Moments(*(self.variables[name].reshape(shape) for name in ("moving_mean", "moving_variance")))
-        gamma, beta = self._parameter("gamma", shape), self._parameter("beta", shape)
-        affine = Affine(
-            *(
-                np.asarray(value, Wide)
-                for value in algebra.affine(
-                    np, Moments(*(m.astype(Wide) for m in moments)), epsilon, gamma=gamma, beta=beta
-                )
-            )
+        mean, variance = (
+            self.variables[name].astype(Wide).reshape(shape) for name in ("moving_mean", "moving_variance")
         )
-        y = kernels.scale_shift(x.astype(Wide), affine).astype(x.dtype)
+        moments = Moments(mean, variance)
+        gamma, beta = self._parameter("gamma", shape), self._parameter("beta", shape)
+        affine = algebra.affine(np, moments, epsilon, gamma=gamma, beta=beta)
+        wide = x.astype(Wide)
+        y = kernels.scale_shift(wide, affine).astype(x.dtype)
 
         def gradient(dy: npt.ArrayLike) -> Gradients:
             upstream = np.asarray(dy, Wide).reshape(x.shape)
-            normalized = (x - moments.mean) / algebra.stddev(np, moments.variance, epsilon)
+            normalized = (wide - mean) / algebra.stddev(np, moments.variance, epsilon)
             return Gradients(
                 (upstream * affine.scale).astype(x.dtype),
                 self._sum_to_parameter("gamma", upstream * normalized),
@@ -351,7 +356,8 @@ class BatchNormalization:
             raise ValueError(f"adjustment must return a pair (scale, bias); {received(pair)}.")
         scale, bias = (np.asarray(value, Wide) for value in pair)
         for value in (scale, bias):
-            if np.broadcast_shapes(value.shape, shape) != shape:
+            lead = len(shape) - value.ndim
+            if lead < 0 or any(size not in (1, shape[lead + axis]) for axis, size in enumerate(value.shape)):
                 raise ValueError(
                     f"adjustment must return arrays that broadcast to the inputs' shape {shape}; "
                     f"received shape {value.shape}."

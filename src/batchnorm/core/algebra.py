@@ -20,7 +20,6 @@ __all__ = [
     "affine",
     "at_least_one",
     "average_groups",
-    "bessel",
     "combination",
     "correction",
     "decrement",
@@ -38,7 +37,6 @@ class Namespace(Protocol):
     def sqrt(self, x: Array, /) -> Array: ...
     def maximum(self, x1: Array, x2: Array, /) -> Array: ...
     def minimum(self, x1: Array, x2: Array, /) -> Array: ...
-    def mean(self, x: Array, /, *, axis: Any, keepdims: bool) -> Array: ...
     def sum(self, x: Array, /, *, axis: Any, keepdims: bool) -> Array: ...
 
 
@@ -88,16 +86,12 @@ def stddev(xp: Namespace, variance: Array, epsilon: Any) -> Array:
     return xp.sqrt(variance + epsilon)
 
 
-def average_groups(xp: Namespace, moments: Moments, group_axis: int | None) -> Moments:
+def average_groups(xp: Namespace, moments: Moments, group_axis: int | None, groups: Any) -> Moments:
     """Average the moments of the virtual batches; this is what the moving averages and renorm see."""
     if group_axis is None:
         return moments
-    return Moments(*(xp.mean(moment, axis=group_axis, keepdims=True) for moment in moments))
-
-
-def bessel(xp: Namespace, variance: Array, count: Any) -> Array:
-    """v·n/(n − 1), the unbiased variance of n values; v itself for a single one."""
-    return variance * (count / at_least_one(xp, count - 1))
+    groups = at_least_one(xp, groups)
+    return Moments(*(xp.sum(moment, axis=group_axis, keepdims=True) / groups for moment in moments))
 
 
 def correction(

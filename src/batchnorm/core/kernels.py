@@ -12,21 +12,35 @@ from typing import Any
 
 from .algebra import Affine, Array, Combination, Moments, Namespace, at_least_one
 
-__all__ = ["COMPOSED", "gradient_combine", "gradient_sums", "moments", "scale_shift", "select"]
+__all__ = ["COMPOSED", "gradient_combine", "gradient_sums", "moments", "origin", "scale_shift", "select"]
 
 COMPOSED = "composed"
 """The name of the path made of the framework's own operations, which serves everything."""
 
 
-def moments(xp: Namespace, x: Array, axes: Sequence[int], count: Any) -> Moments:
+def origin(xp: Namespace, x: Array, axes: Sequence[int]) -> Array:
+    """The first value of each group and feature, 0 where there is none: what `moments` measures from."""
+    # Some namespaces refuse a slice beyond the end, so an axis known to be empty is left whole.
+    first = x[
+        tuple(
+            slice(None) if axis not in axes or x.shape[axis] == 0 else slice(0, 1)
+            for axis in range(len(x.shape))
+        )
+    ]
+    return xp.sum(first, axis=tuple(axes), keepdims=True)  # of one value, or of none
+
+
+def moments(xp: Namespace, x: Array, axes: Sequence[int], count: Any, origin: Array) -> Moments:
     """Mean and biased variance over `axes`, `count` values each; 0 and 0 where there are none.
 
-    Two passes: the variance is that of x − m, so it stays right where the mean is large beside the spread.
+    Sums are of distances from `origin`, any value near the data and a constant to the gradient, and the variance is
+    that of x − m: so both stay right in float32 where the mean is large beside the spread, however `sum` adds up.
     """
     count = at_least_one(xp, count)
-    mean = xp.sum(x, axis=tuple(axes), keepdims=True) / count
-    centered = x - mean
-    return Moments(mean, xp.sum(centered * centered, axis=tuple(axes), keepdims=True) / count)
+    distance = x - origin
+    mean = xp.sum(distance, axis=tuple(axes), keepdims=True) / count
+    centered = distance - mean
+    return Moments(origin + mean, xp.sum(centered * centered, axis=tuple(axes), keepdims=True) / count)
 
 
 def scale_shift(x: Array, affine: Affine) -> Array:

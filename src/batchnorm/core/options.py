@@ -6,10 +6,11 @@ import dataclasses
 import math
 import numbers
 import operator
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-__all__ = ["Clipping", "Options", "received", "scalar"]
+__all__ = ["Clipping", "Options", "flag", "received", "scalar"]
 
 
 def received(value: object) -> str:
@@ -18,8 +19,10 @@ def received(value: object) -> str:
 
 
 def _is_scalar_array(value: object) -> bool:
-    """Tell whether `value` is a scalar of some framework, whose value may not be known yet."""
+    """Tell whether `value` is a real scalar of some framework, whose value may not be known yet."""
     if not hasattr(value, "dtype") or not hasattr(value, "shape"):
+        return False
+    if getattr(value.dtype, "kind", "f") not in "fiu":  # NumPy's kinds: floating, signed, unsigned
         return False
     try:
         return len(value.shape) == 0
@@ -30,7 +33,7 @@ def _is_scalar_array(value: object) -> bool:
 def scalar(name: str, value: Any, low: float, high: float, allowed: str) -> Any:
     """Check a real number in [low, high]; a framework's scalar is taken as it is, for its value may come later."""
     if isinstance(value, numbers.Real) and not isinstance(value, bool):
-        if not low <= value <= high:  # also refuses NaN
+        if not low <= float(value) <= high:  # also refuses NaN
             raise ValueError(f"{name} must be {allowed}; {received(value)}.")
         return value
     if _is_scalar_array(value):
@@ -38,7 +41,7 @@ def scalar(name: str, value: Any, low: float, high: float, allowed: str) -> Any:
     raise TypeError(f"{name} must be {allowed}, as a number or a scalar tensor; {received(value)}.")
 
 
-def _flag(name: str, value: Any) -> bool:
+def flag(name: str, value: Any) -> bool:
     """Check a switch. 0, 1 and NumPy's booleans are as good as Python's."""
     if isinstance(value, (bool, numbers.Integral)) or type(value).__name__ in ("bool_", "bool"):
         if value in (0, 1):
@@ -154,12 +157,12 @@ class Options:
 
         put("axis", _axis(self.axis))
         put("decay", scalar("momentum", self.decay, 0, 1, "in [0, 1]"))
-        put("epsilon", scalar("epsilon", self.epsilon, 0, math.inf, "at least 0"))
+        put("epsilon", scalar("epsilon", self.epsilon, 0, sys.float_info.max, "finite and at least 0"))
         put("renorm_decay", scalar("renorm_momentum", self.renorm_decay, 0, 1, "in [0, 1]"))
         for name in ("center", "scale", "renorm"):
-            put(name, _flag(name, getattr(self, name)))
+            put(name, flag(name, getattr(self, name)))
         if self.fused is not None:
-            put("fused", _flag("fused", self.fused))
+            put("fused", flag("fused", self.fused))
         put("renorm_clipping", Clipping.of(self.renorm_clipping))
         if self.virtual_batch_size is not None:
             size = _integer("virtual_batch_size", self.virtual_batch_size, "None or an int that is at least 1")

@@ -8,7 +8,17 @@ from typing import Any
 from .algebra import Array, Namespace
 from .options import Options
 
-__all__ = ["modernize", "names"]
+__all__ = ["OLDER_RENORM", "modernize", "names"]
+
+OLDER_RENORM = (
+    "moving_mean",
+    "moving_variance",
+    "renorm_mean",
+    "renorm_mean_weight",
+    "renorm_stddev",
+    "renorm_stddev_weight",
+)
+"""The statistics of a renorm layer of the older generation."""
 
 
 def names(options: Options) -> tuple[str, ...]:
@@ -28,10 +38,16 @@ def modernize(xp: Namespace, variables: Mapping[str, Array], epsilon: Any) -> di
     In the first versions of the original the averages of renorm began at zero and were de-biased by the sum of their weights, kept
     beside them in ``renorm_mean_weight`` and ``renorm_stddev_weight``, and there was no ``moving_stddev``. Averages
     without any weight yet begin where today's layer begins: at the moving statistics.
+
+    Raises:
+        KeyError: If one of the variables that this takes is missing.
     """
     present = dict(variables)
     if "renorm_mean_weight" not in present and "renorm_stddev_weight" not in present:
         return present
+    missing = [name for name in OLDER_RENORM if name not in present]
+    if missing:
+        raise KeyError(f"variables must hold all of an older renorm layer, {list(OLDER_RENORM)}; missing {missing}.")
     sigma = xp.sqrt(xp.maximum(present["moving_variance"], 0) + epsilon)
     present["moving_stddev"] = sigma
     for name, initial in (("renorm_mean", present["moving_mean"]), ("renorm_stddev", sigma)):

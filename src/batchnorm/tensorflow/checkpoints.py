@@ -31,6 +31,7 @@ def modernize_checkpoint(source: str | os.PathLike[str], target: str | os.PathLi
 
     Raises:
         ValueError: If source and target are the same.
+        KeyError: If a renorm layer of the older generation is not whole.
         tf.errors.NotFoundError: If there is no checkpoint at `source`.
     """
     source, target = os.fspath(source), os.fspath(target)
@@ -41,7 +42,7 @@ def modernize_checkpoint(source: str | os.PathLike[str], target: str | os.PathLi
     suffix = "renorm_mean_weight"
     prefixes = [name.removesuffix(suffix) for name in tensors if name.endswith(suffix)]
     for prefix in prefixes:
-        names = [prefix + name for name in _RENORM if prefix + name in tensors]
+        names = [prefix + name for name in state.OLDER_RENORM if prefix + name in tensors]
         old = {name.removeprefix(prefix): tensors.pop(name) for name in names}
         new = state.modernize(np, old, epsilon)
         tensors |= {prefix + name: value.astype(old["moving_variance"].dtype) for name, value in new.items()}
@@ -49,19 +50,14 @@ def modernize_checkpoint(source: str | os.PathLike[str], target: str | os.PathLi
     return len(prefixes)
 
 
-_RENORM = (
-    "moving_mean",
-    "moving_variance",
-    "renorm_mean",
-    "renorm_mean_weight",
-    "renorm_stddev",
-    "renorm_stddev_weight",
-)
-
-
 def _write(prefix: str, tensors: dict[str, Any]) -> None:
     names = sorted(tensors)
     with tf.Graph().as_default(), v1.Session() as session:
-        session.run(tf.raw_ops.SaveV2(
-            prefix=prefix, tensor_names=names, shape_and_slices=[""] * len(names), tensors=[tensors[n] for n in names]
-        ))
+        session.run(
+            tf.raw_ops.SaveV2(
+                prefix=prefix,
+                tensor_names=names,
+                shape_and_slices=[""] * len(names),
+                tensors=[tensors[n] for n in names],
+            )
+        )

@@ -17,7 +17,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from ..core.options import received
+from ..core.options import flag, received
 from .serialization import get
 
 __all__ = ["InputSpec", "Layer"]
@@ -100,11 +100,9 @@ class Layer(tf.Module):
         unknown = set(kwargs) - self._IGNORED
         if unknown:
             raise TypeError(f"{type(self).__name__}() got unknown keyword arguments {sorted(unknown)}.")
-        if trainable not in (True, False):
-            raise TypeError(f"trainable must be True or False; {received(trainable)}.")
         if name is not None and not isinstance(name, (str, v1.VariableScope)):
             raise TypeError(f"name must be None or a string; {received(name)}.")
-        self.trainable = bool(trainable)
+        self.trainable = flag("trainable", trainable)
         self.built = False
         self.input_spec: InputSpec | None = None
         self._set_dtype(dtype)

@@ -4,7 +4,7 @@ from typing import Any
 
 import tensorflow as tf
 
-__all__ = ["maximum", "mean", "minimum", "sqrt", "sum"]
+__all__ = ["maximum", "minimum", "sqrt", "sum"]
 
 maximum = tf.maximum
 minimum = tf.minimum
@@ -14,8 +14,3 @@ sqrt = tf.sqrt
 def sum(x: Any, /, *, axis: Any, keepdims: bool) -> Any:  # noqa: A001 - the standard's name
     """Sum over axes."""
     return tf.reduce_sum(x, axis=axis, keepdims=keepdims)
-
-
-def mean(x: Any, /, *, axis: Any, keepdims: bool) -> Any:
-    """Mean over axes."""
-    return tf.reduce_mean(x, axis=axis, keepdims=keepdims)

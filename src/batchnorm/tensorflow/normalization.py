@@ -248,12 +248,8 @@ class BatchNormalization(Layer):
         Raises:
             ValueError: If the options do not fit the shape.
         """
-        shape = tf.TensorShape(input_shape)
-        if shape.rank is None:
-            raise ValueError("inputs must have a known rank; received a tensor of unknown rank.")
         options = self._options
-        axis = options.axis if isinstance(options.axis, int) else tuple(options.axis)
-        plan = geometry.plan(tuple(shape.as_list()), axis, options.virtual_batch_size)
+        plan = self._plan_for(tf.TensorShape(input_shape))
         if self._dtype is None:
             self._set_dtype(tf.float32)
         makers = {
@@ -286,46 +282,61 @@ class BatchNormalization(Layer):
         self.input_spec = InputSpec(plan.rank, dict(plan.features))
         self.built = True
 
+    def _plan_for(self, shape: Any) -> Geometry:
+        if shape.rank is None:
+            raise ValueError("inputs must have a known rank; received a tensor of unknown rank.")
+        axis = self._options.axis
+        return geometry.plan(
+            tuple(shape.as_list()),
+            axis if isinstance(axis, int) else tuple(axis),
+            self._options.virtual_batch_size,
+        )
+
     def _initial_stddev(self, shape: Any, dtype: Any = tf.float32, **kwargs: Any) -> Any:
         return tf.sqrt(self.moving_variance_initializer(shape, dtype=dtype, **kwargs))
 
     # Calling.
 
     @tf.autograph.experimental.do_not_convert  # type: ignore[untyped-decorator]
-    def __call__(self, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, inputs: Any, training: Any = False, **kwargs: Any) -> Any:
         """Normalize a batch.
 
         Args:
             inputs: Tensor of floating-point numbers.
-            *args: `training` as a positional argument.
-            **kwargs: `training`, see `call`; ``scope``, a variable scope to build in.
+            training: Python bool or int, or a scalar boolean tensor such as a placeholder: whether to normalize by
+                the batch (and update the moving averages) or by the moving averages.
+            **kwargs: ``scope``, a variable scope to build in.
 
         Returns:
             Tensor of the shape of `inputs`, of the layer's type.
 
         Raises:
-            TypeError: If the inputs are not floating-point numbers.
-            ValueError: If they do not fit the options, or the shape that the layer was built for.
+            TypeError: If the inputs are not floating-point numbers, or `training` is not as above.
+            ValueError: If the inputs do not fit the options, or the shape that the layer was built for.
         """
+        # Whatever can be wrong is found before a variable is made.
         inputs = tf.convert_to_tensor(inputs)
         if not inputs.dtype.is_floating:
             raise TypeError(f"inputs must be floating-point numbers; received dtype {inputs.dtype.name}.")
-        if self.built:
-            if inputs.shape.rank is None:
-                raise ValueError(f"inputs must have rank {self._plan.rank}, as built for; received an unknown rank.")
-            self._plan.check_input(inputs.shape.as_list())
-        return super().__call__(inputs, *args, **kwargs)
+        training = _condition(training)
+        plan = self._geometry or self._plan_for(inputs.shape)
+        if inputs.shape.rank is None:
+            raise ValueError(f"inputs must have rank {plan.rank}, as built for; received an unknown rank.")
+        shape = inputs.shape.as_list()
+        plan.check_input(shape)
+        if training is True and shape[0] is not None:
+            plan.split(shape)
+        return super().__call__(inputs, training=training, **kwargs)
 
     def call(self, inputs: Any, training: Any = False) -> Any:
         """Normalize a batch; `__call__` is what users call.
 
         Args:
             inputs: Tensor of the shape that the layer was built for.
-            training: Python bool or int, or a scalar boolean tensor such as a placeholder: whether to normalize by
-                the batch (and update the moving averages) or by the moving averages.
+            training: As for `__call__`.
 
         Returns:
-            Tensor of the shape of `inputs`.
+            Tensor of the shape of `inputs`, of the layer's type.
         """
         x = tf.cast(inputs, self.compute_dtype)
         training = _condition(training)
@@ -355,8 +366,11 @@ class BatchNormalization(Layer):
         wide = tf.cast(x, self._wide)
         shape = plan.split(_dimensions(x, self._divisibility))
         view = wide if plan.group_axis is None else tf.reshape(wide, shape)
-        moments = kernels.moments(xp, view, plan.reduced_axes, self._count(shape))
-        averaged = algebra.average_groups(xp, moments, plan.group_axis)
+        axes = plan.reduced_axes
+        origin = tf.stop_gradient(kernels.origin(xp, view, axes))
+        moments = kernels.moments(xp, view, axes, self._number(plan.count(shape)), origin)
+        groups = self._number(shape[1]) if plan.group_axis else 1
+        averaged = algebra.average_groups(xp, moments, plan.group_axis, groups)
         renorm = None
         reads = []
         if options.renorm:
@@ -365,7 +379,12 @@ class BatchNormalization(Layer):
                 *(
                     tf.stop_gradient(one)
                     for one in algebra.correction(
-                        xp, averaged, mean, stddev, self._options.epsilon, _cast_clipping(options.renorm_clipping, self._wide)
+                        xp,
+                        averaged,
+                        mean,
+                        stddev,
+                        self._options.epsilon,
+                        _cast_clipping(options.renorm_clipping, self._wide),
                     )
                 )
             )
@@ -489,8 +508,8 @@ class BatchNormalization(Layer):
     def _moving_moments(self) -> Moments:
         return Moments(self._read("moving_mean"), self._read("moving_variance"))
 
-    def _count(self, shape: tuple[Any, ...]) -> Any:
-        count = self._plan.count(shape)
+    def _number(self, count: Any) -> Any:
+        """A count as a number to compute with: an int if it is known, else of the type of all arithmetic."""
         return count if isinstance(count, int) else tf.cast(count, self._wide)
 
     def _divisibility(self, batch: Any) -> Any:

@@ -1,0 +1,174 @@
+"""Where: shapes, axes, virtual batches."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from batchnorm.core.geometry import Geometry, plan
+
+
+@st.composite
+def layouts(draw: st.DrawFn, first: int = 0) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """A shape and a set of axes from `first` on, in any order and counted from either end."""
+    shape = tuple(draw(st.lists(st.sampled_from([0, 1, 2, 3, 5, 7]), min_size=first + 1, max_size=5)))
+    axes = draw(st.lists(st.integers(first, len(shape) - 1), min_size=1, max_size=len(shape), unique=True))
+    return shape, tuple(axis - len(shape) * draw(st.booleans()) for axis in axes)
+
+
+@given(layouts())
+def test_axes_are_sorted_and_counted_from_the_front_and_the_others_are_reduced(
+    layout: tuple[tuple[int, ...], tuple[int, ...]],
+) -> None:
+    shape, axes = layout
+    geometry = plan(shape, axes, None)
+    assert geometry.rank == len(shape)
+    assert list(geometry.axes) == sorted(axis % len(shape) for axis in axes)
+    assert sorted(geometry.axes + geometry.reduced_axes) == list(range(len(shape)))
+    assert geometry.features == tuple((axis, shape[axis]) for axis in geometry.axes)
+    assert geometry.group_axis is None
+
+
+@given(layouts())
+def test_a_parameter_has_the_size_of_the_feature_axes_and_1_elsewhere(
+    layout: tuple[tuple[int, ...], tuple[int, ...]],
+) -> None:
+    shape, axes = layout
+    geometry = plan(shape, axes, None)
+    expected = tuple(size if axis in geometry.axes else 1 for axis, size in enumerate(shape))
+    assert geometry.input_shape == geometry.view_shape == expected
+    assert geometry.parameter_shape == ((shape[axes[0]],) if len(axes) == 1 else expected)
+    assert np.broadcast_shapes(geometry.input_shape, shape) == shape
+
+
+@given(layouts())
+def test_a_whole_batch_is_seen_as_it_is_and_each_feature_counts_its_values(
+    layout: tuple[tuple[int, ...], tuple[int, ...]],
+) -> None:
+    shape, axes = layout
+    geometry = plan(shape, axes, None)
+    assert geometry.split(shape) == shape
+    others = [size for axis, size in enumerate(shape) if axis not in geometry.axes]
+    assert geometry.count(shape) == math.prod(others)
+
+
+@given(layouts(first=1), st.sampled_from([1, 2, 3, 5]), st.integers(0, 4))
+def test_virtual_batches_add_an_axis_of_size_1_to_every_parameter(
+    layout: tuple[tuple[int, ...], tuple[int, ...]], size: int, groups: int
+) -> None:
+    shape, axes = layout
+    shape = (size * groups, *shape[1:])
+    geometry = plan(shape, axes, size)
+    assert geometry.group_axis == 1
+    assert geometry.split(shape) == (size, groups, *shape[1:])
+    assert len(geometry.parameter_shape) == len(shape) + 1
+    assert geometry.parameter_shape == geometry.view_shape == (1, 1, *geometry.input_shape[1:])
+    seen = geometry.split(shape)
+    kept = {1, *(axis + 1 for axis in geometry.axes)}
+    assert set(geometry.reduced_axes) == set(range(len(seen))) - kept
+    assert geometry.count(seen) == math.prod(n for axis, n in enumerate(seen) if axis not in kept)
+
+
+@given(st.integers(1, 6), st.integers(1, 6), st.lists(st.integers(1, 3), max_size=3))
+def test_sample_i_is_in_virtual_batch_i_mod_the_number_of_them(size: int, groups: int, rest: list[int]) -> None:
+    shape = (size * groups, *rest, 2)
+    samples = np.broadcast_to(np.arange(shape[0]).reshape(-1, *(1 for _ in shape[1:])), shape)
+    geometry = plan(shape, -1, size)
+    view = samples.reshape(geometry.split(shape))
+    for group in range(groups):
+        members = set(np.take(view, group, axis=1).flatten().tolist())
+        assert members == {i for i in range(shape[0]) if i % groups == group}
+        assert len(members) == size
+
+
+@given(st.integers(1, 40), st.integers(2, 9))
+def test_a_batch_that_does_not_divide_is_refused_with_both_numbers(samples: int, size: int) -> None:
+    assume(samples % size)
+    with pytest.raises(ValueError, match=f"{samples} samples and virtual_batch_size={size}"):
+        plan((None, 3), -1, size).split((samples, 3))
+
+
+@pytest.mark.parametrize(
+    ("shape", "axis", "size", "message"),
+    [
+        ((4, 3), 2, None, r"axis=2 .*\(4, 3\)"),
+        ((4, 3), -3, None, r"axis=-3 .*\(4, 3\)"),
+        ((4, 3), (1, 7), None, r"axis=\(1, 7\) .*\(4, 3\)"),
+        ((), -1, None, r"axis=-1 .*\(\)"),
+        ((4, 3), (1, -1), None, r"axis=\(1, -1\).*rank 2"),
+        ((4, 5, 3), (-2, 2, 1), None, r"axis=\(-2, 2, 1\).*rank 3"),
+        ((4, None), -1, None, r"known size.*axis=-1 .*\(4, None\)"),
+        ((None, 3), (0, 1), None, r"known size.*axis=\(0, 1\) .*\(None, 3\)"),
+        ((4, 3), 0, 2, r"virtual_batch_size=2.*axis=0"),
+        ((4, 3), (1, -2), 2, r"virtual_batch_size=2.*axis=\(1, -2\)"),
+    ],
+)
+def test_axes_that_do_not_fit_the_shape_are_refused_with_both(
+    shape: tuple[int | None, ...], axis: int | tuple[int, ...], size: int | None, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        plan(shape, axis, size)
+
+
+def test_sizes_off_the_feature_axes_may_be_unknown() -> None:
+    assert plan((None, None, None, 3), -1, 4) == plan((8, 5, 5, 3), 3, 4)
+
+
+def test_symbolic_sizes_pass_through() -> None:
+    class Symbol:
+        def __floordiv__(self, other: int) -> tuple[str, int]:
+            return ("floordiv", other)
+
+        def __rmul__(self, other: int) -> tuple[str, int]:
+            return ("mul", other)
+
+    symbol = Symbol()
+    geometry = plan((None, None, 3), -1, 4)
+    assert geometry.split((symbol, 5, 3)) == (4, ("floordiv", 4), 5, 3)
+    assert plan((None, 3), -1, None).count((symbol, 3)) == ("mul", 1)
+
+
+def test_equal_questions_have_one_answer() -> None:
+    first = plan((None, 5, 5, 11), (1, 3), None)
+    assert plan((None, 5, 5, 11), (1, 3), None) is first
+    assert plan((None, 5, 5, 13), (1, 3), None) is not first
+    assert first.reduced_axes is first.reduced_axes
+
+
+def test_a_geometry_cannot_be_changed_and_can_be_a_key() -> None:
+    geometry = plan((None, 3), -1, None)
+    with pytest.raises(AttributeError):
+        geometry.rank = 3  # type: ignore[misc]
+    assert {geometry: 1}[Geometry(2, ((1, 3),), None)] == 1
+
+
+@given(layouts(), st.data())
+def test_an_input_fits_if_its_rank_and_feature_sizes_do(
+    layout: tuple[tuple[int, ...], tuple[int, ...]], data: st.DataObject
+) -> None:
+    shape, axes = layout
+    geometry = plan(shape, axes, None)
+    other = tuple(
+        size if axis in geometry.axes else data.draw(st.sampled_from([None, 0, 1, 4]))
+        for axis, size in enumerate(shape)
+    )
+    geometry.check_input(other)
+    geometry.check_input([None] * len(shape))
+    wrong = list(other)
+    axis = data.draw(st.sampled_from(geometry.axes))
+    wrong[axis] = shape[axis] + 1
+    with pytest.raises(ValueError, match=f"size {shape[axis]} on axis {axis}.*received shape") as caught:
+        geometry.check_input(wrong)
+    assert repr(tuple(wrong)) in str(caught.value)
+
+
+@pytest.mark.parametrize("change", [lambda shape: shape[1:], lambda shape: (1, *shape)])
+def test_an_input_of_another_rank_does_not_fit(change: Callable[[Any], Any]) -> None:
+    with pytest.raises(ValueError, match=r"rank 3.*received shape \("):
+        plan((None, 3, 3), -1, None).check_input(change((2, 3, 3)))

@@ -1,0 +1,289 @@
+"""One layer in every way of running TensorFlow: the results must not depend on it."""
+
+from __future__ import annotations
+
+import pathlib
+import subprocess
+import sys
+import textwrap
+from typing import Any
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from batchnorm.tensorflow import BatchNormalization, batch_normalization
+
+v1 = tf.compat.v1
+OPTIONS: list[dict[str, Any]] = [
+    {},
+    {"fused": False},
+    {"renorm": True, "renorm_clipping": {"rmin": 0.5, "rmax": 2.0, "dmax": 1.0}},
+    {"virtual_batch_size": 2},
+    {"renorm": True, "virtual_batch_size": 4},
+    {"adjustment": lambda shape: (tf.fill(shape[-1:], 1.1), tf.fill(shape[-1:], 0.3))},
+    {"axis": [1, 3]},
+    {"axis": 1},
+]
+every_option = pytest.mark.parametrize("options", OPTIONS, ids=lambda options: "+".join(options) or "plain")
+BATCHES = [np.random.default_rng(step).normal(step, 2.0, (8, 3, 3, 4)).astype(np.float32) for step in range(3)]
+
+
+def assert_close(actual: Any, expected: Any) -> None:
+    for one, other in zip(actual, expected, strict=True):
+        np.testing.assert_allclose(np.asarray(one), np.asarray(other), rtol=0, atol=2e-5)
+
+
+def eager_results(options: dict[str, Any]) -> tuple[list[Any], list[Any]]:
+    layer = BatchNormalization(**options)
+    outputs = [layer(batch, training=True) for batch in BATCHES] + [layer(BATCHES[0][:5])]
+    return outputs, layer.variables
+
+
+@every_option
+@pytest.mark.parametrize("compiled", [False, True], ids=["function", "xla"])
+def test_functions_equal_eager_execution(options: dict[str, Any], compiled: bool) -> None:
+    layer = BatchNormalization(**options)
+    train = tf.function(lambda x: layer(x, training=True), jit_compile=compiled)
+    infer = tf.function(layer, jit_compile=compiled)
+    outputs = [train(batch) for batch in BATCHES] + [infer(BATCHES[0][:5])]
+    expected, variables = eager_results(options)
+    assert_close(outputs, expected)
+    assert_close(layer.variables, variables)
+
+
+@every_option
+def test_one_function_serves_any_batch_size_and_either_mode(options: dict[str, Any]) -> None:
+    layer = BatchNormalization(**options)
+
+    @tf.function(input_signature=[tf.TensorSpec([None, 3, 3, 4]), tf.TensorSpec([], tf.bool)])
+    def apply(x: Any, training: Any) -> Any:
+        return layer(x, training=training)
+
+    outputs = [apply(batch, True) for batch in BATCHES] + [apply(BATCHES[0][:5], False)]
+    expected, variables = eager_results(options)
+    assert_close(outputs, expected)
+    assert_close(layer.variables, variables)
+
+
+@every_option
+def test_gradients_in_xla_equal_eager_ones(options: dict[str, Any]) -> None:
+    layer = BatchNormalization(**options)
+    layer.build([None, 3, 3, 4])
+
+    def gradients(x: Any) -> Any:
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            loss = tf.reduce_sum(layer(x, training=True) ** 3)
+        return tape.gradient(loss, [x, layer.gamma, layer.beta])
+
+    start = layer.get_weights()
+    compiled = [g.numpy() for g in tf.function(gradients, jit_compile=True)(tf.constant(BATCHES[0]))]
+    layer.set_weights(start)
+    for one, other in zip(compiled, gradients(tf.constant(BATCHES[0])), strict=True):
+        np.testing.assert_allclose(one, other, rtol=0, atol=2e-4 * max(1.0, float(np.abs(other).max())))
+
+
+@every_option
+def test_saved_models_train_and_infer_like_the_layer(options: dict[str, Any], tmp_path: pathlib.Path) -> None:
+    class Model(tf.Module):  # type: ignore[misc]
+        def __init__(self) -> None:
+            self.normalize = BatchNormalization(**options)
+
+        @tf.function(input_signature=[tf.TensorSpec([None, 3, 3, 4])])
+        def infer(self, x: Any) -> Any:
+            return self.normalize(x)
+
+        @tf.function(input_signature=[tf.TensorSpec([None, 3, 3, 4])])
+        def train(self, x: Any) -> Any:
+            return self.normalize(x, training=True)
+
+    model = Model()
+    model.train(BATCHES[0])
+    tf.saved_model.save(model, str(tmp_path))
+    loaded = tf.saved_model.load(str(tmp_path))
+    assert_close([loaded.train(BATCHES[1])], [model.train(BATCHES[1])])
+    assert_close([loaded.infer(BATCHES[2][:3])], [model.infer(BATCHES[2][:3])])
+    assert len(model.variables) == len(model.normalize.variables)
+
+
+@every_option
+def test_checkpoints_of_modules_restore_before_and_after_building(
+    options: dict[str, Any], tmp_path: pathlib.Path
+) -> None:
+    layer = BatchNormalization(**options)
+    layer(BATCHES[0], training=True)
+    path = tf.train.Checkpoint(layer=layer).save(str(tmp_path / "checkpoint"))
+    for build_first in (False, True):
+        other = BatchNormalization(**options)
+        if build_first:
+            other(BATCHES[1], training=True)
+        status = tf.train.Checkpoint(layer=other).restore(path)
+        other(BATCHES[2])
+        status.assert_consumed()
+        assert_close(other.variables, layer.variables)
+
+
+@every_option
+@pytest.mark.parametrize("built_by", ["scope", "replicas"])
+def test_replicas_keep_their_own_statistics_and_share_parameters(options: dict[str, Any], built_by: str) -> None:
+    strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
+    with strategy.scope():
+        layer, other = BatchNormalization(**options), BatchNormalization(**options)
+        if built_by == "scope":
+            layer.build([None, 3, 3, 4])
+
+    def halves(batch: Any) -> Any:
+        return strategy.experimental_distribute_values_from_function(
+            lambda context: tf.constant(np.split(batch, 2)[context.replica_id_in_sync_group])
+        )
+
+    @tf.function
+    def step(batch: Any) -> Any:
+        def replica(x: Any) -> Any:
+            with tf.GradientTape() as tape:
+                y = layer(x, training=True)
+                loss = tf.reduce_sum(y**3)
+            return y, tape.gradient(loss, layer.trainable_variables)
+
+        return strategy.run(replica, (batch,))
+
+    twins = [BatchNormalization(**options) for _ in range(2)]
+    for batch in BATCHES:
+        y, gradients = step(halves(batch))
+        expected = [twin(half, training=True) for twin, half in zip(twins, np.split(batch, 2), strict=True)]
+        assert_close(strategy.experimental_local_results(y), expected)
+        assert len(gradients) == 2
+    # Read outside of the replicas, a statistic is the mean of theirs.
+    for name in ("moving_mean", "moving_variance"):
+        mean = np.mean([getattr(twin, name).numpy() for twin in twins], axis=0)
+        np.testing.assert_allclose(getattr(layer, name).numpy(), mean, atol=2e-5)
+    strategy.run(lambda x: other(x, training=True), (halves(BATCHES[0]),)) if built_by == "replicas" else None
+    if built_by == "replicas":
+        assert other.moving_mean is not layer.moving_mean
+
+
+def test_an_empty_replica_changes_nothing() -> None:
+    strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
+    with strategy.scope():
+        layer = BatchNormalization(momentum=0.5)
+        layer.build([None, 2])
+    sizes = [4, 0]
+    batch = strategy.experimental_distribute_values_from_function(
+        lambda context: tf.ones([sizes[context.replica_id_in_sync_group], 2])
+    )
+    tf.function(lambda x: strategy.run(lambda one: layer(one, training=True), (x,)))(batch)
+    values = [value.numpy().tolist() for value in strategy.experimental_local_results(layer.moving_mean)]
+    assert values == [[0.5, 0.5], [0.0, 0.0]]
+
+
+def test_wrapped_functions_find_updates_and_penalties_in_collections() -> None:
+    def model(x: Any) -> Any:
+        y = batch_normalization(x, training=True, momentum=0.5, gamma_regularizer=tf.nn.l2_loss)
+        with tf.control_dependencies(v1.get_collection(v1.GraphKeys.UPDATE_OPS)):
+            return tf.identity(y), v1.get_collection(v1.GraphKeys.REGULARIZATION_LOSSES)
+
+    wrapped = v1.wrap_function(model, [tf.TensorSpec([None, 1])])
+    _, (penalty,) = wrapped(tf.constant([[1.0], [3.0]]))
+    moved = {variable.name.rpartition("/")[2]: variable.numpy().tolist() for variable in wrapped.variables}
+    assert penalty.numpy() == 0.5
+    assert moved["moving_mean:0"] == [1.0]
+
+
+@pytest.mark.parametrize("size", [3, 4])
+def test_second_derivatives_are_right(size: int) -> None:
+    """Against finite differences; the original stops a gradient in its variance, and so gets these wrong."""
+    x = np.random.default_rng(0).normal(size=(size, 2))
+    weights = np.random.default_rng(1).normal(size=(size, 2))
+    layer = BatchNormalization(dtype="float64")
+
+    def gradient(point: Any) -> Any:
+        with tf.GradientTape() as tape:
+            tape.watch(point)
+            loss = tf.reduce_sum(weights * layer(point, training=True) ** 2)
+        return tape.gradient(loss, point)
+
+    point = tf.constant(x)
+    with tf.GradientTape() as tape:
+        tape.watch(point)
+        total = tf.reduce_sum(weights * gradient(point))
+    second = tape.gradient(total, point).numpy()
+    for at in np.ndindex(x.shape):
+        step = np.zeros_like(x)
+        step[at] = 1e-5
+        difference = np.sum(weights * (gradient(tf.constant(x + step)) - gradient(tf.constant(x - step)))) / 2e-5
+        np.testing.assert_allclose(second[at], difference, rtol=1e-5, atol=1e-7)
+
+
+def test_clips_may_be_a_schedule_of_variables() -> None:
+    rmax, dmax = tf.Variable(1.0), tf.Variable(0.0)
+    scheduled = BatchNormalization(renorm=True, renorm_clipping={"rmin": 1 / rmax, "rmax": rmax, "dmax": dmax})
+    plain = BatchNormalization()
+    x = BATCHES[1]
+    # r = 1 and d = 0 are plain batch normalization.
+    assert_close([scheduled(x, training=True)], [plain(x, training=True)])
+    clipped = BatchNormalization(renorm=True, renorm_clipping={"rmin": 1.0, "rmax": 3.0, "dmax": 5.0})
+    clipped(x, training=True)
+    rmax.assign(3.0)
+    dmax.assign(5.0)
+    assert_close([scheduled(x, training=True)], [clipped(x, training=True)])
+
+
+def test_momentum_may_be_a_tensor() -> None:
+    momentum = tf.Variable(0.5)
+    layer, same = BatchNormalization(momentum=momentum), BatchNormalization(momentum=0.5)
+    assert_close([layer(BATCHES[0], training=True)], [same(BATCHES[0], training=True)])
+    assert_close(layer.variables, same.variables)
+
+
+SCRIPT = """
+import sys
+
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "tf_keras":
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Blocked())
+import numpy as np
+import tensorflow.compat.v1 as tf
+import batchnorm.tensorflow
+tf.disable_v2_behavior()
+batchnorm.tensorflow.restore()
+
+for options in OPTIONS:
+    tf.reset_default_graph()
+    x = tf.placeholder(tf.float32, [None, 3, 3, 4])
+    training = tf.placeholder_with_default(False, [])
+    y = tf.layers.batch_normalization(x, training=training, name="bn", **options)
+    gradient = tf.gradients(tf.reduce_sum(y ** 3), [x] + tf.trainable_variables())
+    updates = tf.get_collection(tf.GraphKeys.UPDATE_OPS)
+    assert all("_ref" in repr(variable) for variable in tf.global_variables())
+    with tf.Session() as session:
+        session.run(tf.global_variables_initializer())
+        outputs = [session.run([y, updates, gradient], {x: batch, training: True})[0] for batch in np.load(PATH)]
+        before = session.run(tf.global_variables())
+        session.run([y, updates], {x: np.load(PATH)[0][:5]})
+        after = session.run(tf.global_variables())
+        assert all(np.array_equal(one, other) for one, other in zip(before, after))
+        results = {v.op.name.rpartition("/")[2]: value for v, value in zip(tf.global_variables(), before)}
+        np.savez(f"{PATH}.{OPTIONS.index(options)}.npz", outputs=outputs, **results)
+"""
+
+
+def test_reference_variables_without_tf_keras_equal_eager_execution(tmp_path: pathlib.Path) -> None:
+    """TensorFlow 1 behavior holds for a whole process, so this runs in one of its own."""
+    options = [one for one in OPTIONS if "adjustment" not in one]
+    path = tmp_path / "batches.npy"
+    np.save(path, BATCHES)
+    script = tmp_path / "script.py"
+    script.write_text(f"OPTIONS = {options!r}\nPATH = {str(path)!r}\n" + textwrap.dedent(SCRIPT))
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for index, one in enumerate(options):
+        results = np.load(f"{path}.{index}.npz")
+        layer = BatchNormalization(**one)
+        assert_close(results["outputs"], [layer(batch, training=True) for batch in BATCHES])
+        for variable in layer.variables:
+            short = variable.name.rpartition("/")[2].removesuffix(":0")
+            np.testing.assert_allclose(results[short], variable.numpy(), rtol=0, atol=2e-5, err_msg=short)

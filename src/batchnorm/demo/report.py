@@ -11,11 +11,12 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from rich import box
 from rich import progress as bars
 from rich.console import Console
-from rich.padding import Padding
 from rich.table import Table
 
+from .digits import TEST_SIZE
 from .experiments import LAST, TARGET, Comparison, Measured, Outcome, Result
 
 __all__ = ["Progress", "announce", "draw", "facts", "show"]
@@ -88,15 +89,18 @@ class Progress:
 def show(results: Sequence[Result]) -> None:
     """Print the table and the facts under it."""
     console = _console()
-    console.print()
-    console.print(_table(results))
     seeds = len(results[0].outcomes[0].curves)
-    over = "of a single run" if seeds == 1 else f"mean ± standard deviation over {seeds} seeds"
+    over = "a single run" if seeds == 1 else f"mean ± standard deviation over {seeds} seeds"
+    console.print(_table(results))
     console.print(
-        f"Test accuracy on 500 scans, in inference; {over}. Final: mean of the last {LAST} evaluations.\n", style="dim"
+        f"Accuracy in inference on {TEST_SIZE} scans; {over}.\n"
+        f"Mean: over all evaluations of a run. Final: over its last {LAST}.\n",
+        style="dim",
     )
+    grid = Table.grid(padding=(0, 1))
     for fact in facts(results):
-        console.print(Padding(fact, (0, 0, 0, 2)))
+        grid.add_row("•", fact)
+    console.print(grid)
     console.print()
 
 
@@ -105,16 +109,14 @@ def _console() -> Console:
 
 
 def _table(results: Sequence[Result]) -> Table:
-    table = Table(header_style="bold")
-    table.add_column("Comparison")
-    table.add_column("Method")
-    table.add_column(f"Steps to {_PERCENT}", justify="right")
-    table.add_column("Final accuracy", justify="right")
+    table = Table(header_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("")
+    for heading in (f"Steps to {_PERCENT}", "Mean", "Final"):
+        table.add_column(heading, justify="right")
     for result in results:
-        for index, outcome in enumerate(result.outcomes):
-            title = result.comparison.title if index == 0 else ""
-            table.add_row(title, outcome.experiment.method, _arrival(outcome), str(outcome.final))
-        table.add_section()
+        table.add_row(result.comparison.title, style="bold")
+        for outcome in result.outcomes:
+            table.add_row(f"  {outcome.experiment.method}", _arrival(outcome), str(outcome.mean), str(outcome.final))
     return table
 
 
@@ -127,45 +129,53 @@ def _arrival(outcome: Outcome) -> str:
     return f"{len(outcome.arrivals)} of {len(outcome.curves)} runs"
 
 
-# Facts.
-
-
 def facts(results: Sequence[Result]) -> list[str]:
     """Put what was measured into sentences; nothing is said that the numbers do not."""
-    sweep = [result for result in results if result.comparison.sweep]
-    sentences = _sweep_facts(sweep) if sweep else []
+    sentences = _sweep_facts([result for result in results if result.comparison.sweep])
     for result in results:
         if not result.comparison.sweep:
-            reference, *others = result.outcomes
-            sentences += [f"{result.comparison.title}: {_against(other, reference)}" for other in others]
+            sentences += [f"{result.comparison.title}: {_against(one, result)}" for one in result.outcomes[1:]]
     return sentences
 
 
 def _sweep_facts(sweep: Sequence[Result]) -> list[str]:
-    sentences = []
+    rates = []
     best: dict[str, tuple[Measured, float]] = {}
     for outcomes in zip(*(result.outcomes for result in sweep), strict=True):
         method = outcomes[0].experiment.method
         arrived = [(one.steps_to_target, one.experiment.learning_rate) for one in outcomes]
         reached = [(steps, rate) for steps, rate in arrived if steps is not None]
-        rates = ", ".join(f"{rate:g}" for _, rate in reached) or "none"
-        sentences.append(f"Learning rates at which every run with {method} reached {_PERCENT}: {rates}.")
+        rates.append(f"{', '.join(f'{rate:g}' for _, rate in reached) or 'none'} ({method})")
         if reached:
             best[method] = min(reached, key=lambda one: one[0].mean)
+    sentences = []
+    if rates:
+        sentences.append(f"Learning rates at which every run reached {_PERCENT}: {'; '.join(rates)}.")
     if best:
-        words = [f"{steps:.0f} with {method} (learning rate {rate:g})" for method, (steps, rate) in best.items()]
-        sentences.append(f"Fewest steps to {_PERCENT}: {', '.join(words)}.")
+        words = [f"{steps:.0f} ({method}, learning rate {rate:g})" for method, (steps, rate) in best.items()]
+        sentences.append(f"Fewest steps to {_PERCENT}: {'; '.join(words)}.")
+    if len(best) == 2:
+        (one, (slow, _)), (other, (fast, _)) = best.items()
+        sentences.append(
+            f"At the best rate of each, {one} takes {slow.mean / fast.mean:.1f} times the steps of {other}."
+        )
     return sentences
 
 
-def _against(outcome: Outcome, reference: Outcome) -> str:
-    """Compare two experiments."""
-    gain = outcome.gain(reference)
-    points = Measured(100 * gain.mean, None if gain.spread is None else 100 * gain.spread)
-    within = ", no more than it varies" if gain.spread is not None and abs(gain.mean) <= gain.spread else ""
-    methods = f"{outcome.experiment.method} against {reference.experiment.method}"
-    steps = f"{_arrival(outcome)} against {_arrival(reference)}"
-    return f"{methods}: final accuracy {points:+.1f} points{within}; steps to {_PERCENT}: {steps}."
+def _against(outcome: Outcome, result: Result) -> str:
+    """Compare an experiment with the first one."""
+    reference = result.outcomes[0]
+    mean = _points(result.gain(outcome, lambda curve: curve.mean))
+    final = _points(result.gain(outcome, lambda curve: curve.final))
+    return f"{outcome.experiment.method} against {reference.experiment.method}: mean {mean}, final {final}."
+
+
+def _points(gain: Measured) -> str:
+    """A difference of accuracies in percentage points, and whether it stands out from its spread."""
+    # Rounded, and 0 added, so that no "-0.0" is shown.
+    points = Measured(round(100 * gain.mean, 1) + 0.0, None if gain.spread is None else 100 * gain.spread)
+    within = gain.spread is not None and abs(gain.mean) <= gain.spread
+    return f"{points:+.1f} points" + (" (within the spread)" if within else "")
 
 
 # The figure.
@@ -180,16 +190,27 @@ def draw(results: Sequence[Result], path: Path) -> None:
         for result in drawn
     ]
     place = sum(result.comparison.sweep for result in drawn)
-    panels.insert(place, (f"Steps to {_PERCENT}, by learning rate", lambda axes: _sweep(axes, sweep)))
-    columns = 3
+    if sweep:
+        panels.insert(place, (f"Steps to {_PERCENT}, by learning rate", lambda axes: _sweep(axes, sweep)))
+    columns = min(3, len(panels))
     rows = -(-len(panels) // columns)
-    figure = Figure(figsize=(10.6, 3.5 * rows), dpi=150, layout="constrained")
+    figure = Figure(figsize=(10.6, 3.4 * rows + 0.3), dpi=150, layout="constrained")
+    engine: Any = figure.get_layout_engine()
+    engine.set(w_pad=0.06, h_pad=0.08)
     grid: Any = figure.subplots(rows, columns, squeeze=False)
     for axes, (title, panel) in zip(grid.flat, panels, strict=False):
         _style(axes, title)
         panel(axes)
     for axes in grid.flat[len(panels) :]:
         axes.set_visible(False)
+    seeds = len(results[0].outcomes[0].curves)
+    figure.supxlabel(
+        f"Lines: mean of {seeds} seeds (at the top right, median). Bands: lowest to highest. Dots: single runs."
+        if seeds > 1
+        else "Single runs.",
+        fontsize=8,
+        color="#777777",
+    )
     figure.savefig(path, format="png")
     _console().print(f"Figure: {path}")
 
@@ -212,16 +233,17 @@ def _curves(axes: Axes, result: Result) -> None:
         accuracy = np.array([curve.accuracy for curve in outcome.curves])
         axes.fill_between(steps, accuracy.min(axis=0), accuracy.max(axis=0), color=colour, alpha=0.15, linewidth=0)
         axes.plot(steps, accuracy.mean(axis=0), color=colour, linewidth=1.6)
-        ends.append((outcome.final.mean, outcome.experiment.method))
+        ends.append((float(accuracy[:, -1].mean()), outcome.experiment.method))
     axes.set_yscale("function", functions=(_stretch, _shrink))
     axes.set_ylim(0.0, 0.996)
     axes.set_yticks([0.1, 0.5, 0.8, 0.9, 0.95, 0.98, 0.99], ["10 %", "50 %", "80 %", "90 %", "95 %", "98 %", "99 %"])
     axes.set_yticks([], minor=True)
     axes.axhline(TARGET, color="#999999", linewidth=0.8, linestyle=(0, (4, 3)))
     axes.set_xlim(0, result.outcomes[0].curves[0].steps[-1])
-    axes.set_xlabel("steps", fontsize=8, color=_INK)
+    axes.set_xlabel(f"steps at learning rate {result.outcomes[0].experiment.learning_rate:g}", fontsize=8, color=_INK)
     axes.set_ylabel("test accuracy", fontsize=8, color=_INK)
-    _label(axes, ends)
+    low, high = (float(value) for value in _stretch(axes.get_ylim()))
+    _label(axes, [((float(_stretch(end)) - low) / (high - low), name) for end, name in ends])
 
 
 def _stretch(accuracy: Any) -> Any:
@@ -234,14 +256,16 @@ def _shrink(value: Any) -> Any:
 
 
 def _label(axes: Axes, ends: Sequence[tuple[float, str]]) -> None:
-    """Write the names of lines at the right, in the order of their ends and clear of each other."""
-    gap = 0.07
-    low, high = (float(value) for value in _stretch(axes.get_ylim()))
-    placed: list[tuple[float, str]] = []
-    for end, name in sorted(ends):
-        height = (float(_stretch(end)) - low) / (high - low)
-        placed.append((max(height, placed[-1][0] + gap) if placed else height, name))
-    for height, name in placed:
+    """Write the names of lines at the right, where the lines end at parts of the height, but clear of each other."""
+    gap = 0.065
+    heights, names = map(list, zip(*sorted(ends), strict=True))
+    for _ in range(100):
+        for index in range(len(heights) - 1):
+            overlap = gap - (heights[index + 1] - heights[index])
+            if overlap > 0:
+                heights[index] -= overlap / 2
+                heights[index + 1] += overlap / 2
+    for height, name in zip(heights, names, strict=True):
         axes.text(1.02, height, name, color=COLOURS[name], transform=axes.transAxes, fontsize=8, va="center")
 
 
@@ -269,7 +293,4 @@ def _sweep(axes: Axes, sweep: Sequence[Result]) -> None:
     axes.set_yticks([*ticks, never], [*map(str, ticks), "never"])
     axes.set_xlabel("learning rate", fontsize=8, color=_INK)
     axes.set_ylabel("steps", fontsize=8, color=_INK)
-    for end, name in ends:
-        axes.text(
-            1.02, end / (1.2 * limit), name, color=COLOURS[name], transform=axes.transAxes, fontsize=8, va="center"
-        )
+    _label(axes, [(end / (1.2 * limit), name) for end, name in ends])

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from ..tensorflow import batch_normalization
+from batchnorm.tensorflow import batch_normalization
+
 from .digits import SAMPLERS, Digits
 from .experiments import CONVOLUTIONS, Curve, Experiment
 
@@ -88,7 +89,10 @@ def _options(experiment: Experiment, rmax: Any, dmax: Any) -> dict[str, Any] | N
     normalization = experiment.normalization
     if normalization is None:
         return None
-    options = {"momentum": normalization.momentum, "virtual_batch_size": normalization.virtual_batch_size}
+    options: dict[str, Any] = {
+        "momentum": normalization.momentum,
+        "virtual_batch_size": normalization.virtual_batch_size,
+    }
     if normalization.clips is not None:
         options |= {
             "renorm": True,

@@ -660,18 +660,15 @@ def _condition(training: Any) -> Any:
     """True, False, or a boolean scalar tensor that is one of them later."""
     if training is None:
         return False
-    value = tf.get_static_value(training) if tf.is_tensor(training) else training
-    if isinstance(training, tf.Variable) and tf.executing_eagerly():
-        value = training.numpy()
-    if value is None or isinstance(value, tf.Variable):
+    if tf.is_tensor(training):
         tensor = tf.convert_to_tensor(training)
-        if tensor.shape.rank not in (0, None):
-            raise ValueError(f"training must be a scalar; received a tensor of shape {tensor.shape}.")
-        return tf.cast(tensor, tf.bool)
-    try:
-        return bool(value)
-    except (TypeError, ValueError):
-        raise TypeError(f"training must be a bool or a scalar boolean tensor; {received(training)}.") from None
+        if tensor.shape.rank not in (0, None) or not (tensor.dtype.is_bool or tensor.dtype.is_integer):
+            raise ValueError(f"training must be a bool or a scalar boolean tensor; {received(training)}.")
+        value = tf.get_static_value(tensor)
+        return tf.cast(tensor, tf.bool) if value is None else bool(value)
+    if isinstance(training, (bool, numbers.Integral, np.bool_)):
+        return bool(training)
+    raise TypeError(f"training must be a bool or a scalar boolean tensor; {received(training)}.")
 
 
 def _dimensions(x: Any, check: Callable[[Any], Any] | None = None) -> tuple[Any, ...]:

@@ -1,0 +1,216 @@
+"""The demo: its data, its samplers, what it makes of results, and a tiny run of the whole."""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from batchnorm import demo
+from batchnorm.demo import digits, experiments, report
+from batchnorm.demo.experiments import Clips, Comparison, Curve, Experiment, Measured, Outcome, Result
+
+
+def _experiment(method: str, rate: float = 0.1) -> Experiment:
+    return Experiment(method, None, rate, batch_size=4, steps=20, evaluations=2)
+
+
+def _result(*accuracies: list[tuple[float, float]], sweep: bool = False, rate: float = 0.1) -> Result:
+    """One list of runs for each of two methods; a run has an accuracy after steps 10 and 20."""
+    methods = [_experiment(method, rate) for method in ("no batch norm", "batch norm")]
+    outcomes = tuple(
+        Outcome(one, tuple(Curve((10, 20), run) for run in runs)) for one, runs in zip(methods, accuracies, strict=True)
+    )
+    return Result(Comparison("Title", tuple(methods), sweep=sweep), outcomes)
+
+
+def test_the_split_is_disjoint_complete_stratified_and_always_the_same() -> None:
+    first, second = digits.load(), digits.load()
+    np.testing.assert_array_equal(first.test.images, second.test.images)
+    assert first.train.images.shape == (1297, 8, 8, 1)
+    assert first.test.images.shape == (500, 8, 8, 1)
+    train = {image.tobytes() for image in first.train.images}
+    test = {image.tobytes() for image in first.test.images}
+    assert len(train) == 1297
+    assert len(test) == 500
+    assert not train & test
+    assert np.bincount(first.test.labels).min() >= 48
+    assert abs(float(first.train.images.mean())) < 1e-5
+    assert float(first.train.images.std()) == pytest.approx(1, abs=1e-5)
+
+
+@pytest.mark.parametrize("name", digits.SAMPLERS)
+def test_samplers_give_batches_of_the_size_and_repeat_with_the_seed(name: str) -> None:
+    labels = np.repeat(np.arange(10), 20)
+    batches = [
+        list(itertools.islice(digits.SAMPLERS[name](labels, 7, np.random.default_rng(seed)), 50)) for seed in (1, 1, 2)
+    ]
+    np.testing.assert_array_equal(batches[0], batches[1])
+    assert not np.array_equal(batches[0], batches[2])
+    assert np.shape(batches[0]) == (50, 7)
+    assert set(labels[np.concatenate(batches[0])]) == set(range(10))
+
+
+def test_two_classes_has_half_a_batch_of_each() -> None:
+    labels = np.random.default_rng(0).permutation(np.repeat(np.arange(10), 20))
+    pairs = set()
+    for batch in itertools.islice(digits.two_classes(labels, 32, np.random.default_rng(0)), 200):
+        classes, counts = np.unique(labels[batch], return_counts=True)
+        assert counts.tolist() == [16, 16]
+        pairs.add(tuple(classes.tolist()))
+    assert len(pairs) > 40  # of 45
+
+
+def test_iid_batches_are_not_of_two_classes() -> None:
+    labels = np.repeat(np.arange(10), 20)
+    batch = next(digits.iid(labels, 64, np.random.default_rng(0)))
+    assert len(np.unique(labels[batch])) > 2
+
+
+def test_clips_start_as_plain_batch_norm_and_relax_to_3_and_5() -> None:
+    clips = Clips()
+    assert [clips.rmax.at(progress) for progress in (0, 0.05, 0.175, 0.3, 1)] == pytest.approx([1, 1, 2, 3, 3])
+    assert [clips.dmax.at(progress) for progress in (0, 0.05, 0.125, 0.2, 1)] == pytest.approx([0, 0, 2.5, 5, 5])
+
+
+@pytest.mark.parametrize(("steps", "evaluations"), [(200, 40), (10, 3), (2, 2), (1, 1)])
+def test_evaluations_are_as_many_as_asked_and_the_last_one_is_at_the_end(steps: int, evaluations: int) -> None:
+    experiment = Experiment("", None, 0.1, batch_size=4, steps=steps, evaluations=evaluations)
+    evaluated = [step for step in range(1, steps + 1) if experiment.evaluated(step)]
+    assert len(evaluated) == evaluations
+    assert evaluated[-1] == steps
+
+
+def test_a_comparison_changes_the_method_only() -> None:
+    for comparison in experiments.COMPARISONS:
+        common = {(one.learning_rate, one.batch_size, one.steps, one.sampler) for one in comparison.experiments}
+        assert len(common) == 1
+        assert {one.method for one in comparison.experiments} <= set(report.COLOURS)
+
+
+def test_measured_is_mean_and_deviation() -> None:
+    assert str(Measured.of([0.96, 0.97, 0.98])) == "0.970 ± 0.010"
+    assert str(Measured.of([0.97])) == "0.970"
+    assert f"{Measured.of([-2, -1, 0]):+.1f}" == "-1.0 ± 1.0"
+
+
+def test_outcomes_over_seeds() -> None:
+    result = _result([(0.5, 0.9), (0.7, 0.96)], [(0.96, 1.0), (0.9, 0.98)])
+    without, norm = result.outcomes
+    assert without.final.mean == pytest.approx(0.765)
+    assert without.arrivals == [20]
+    assert without.steps_to_target is None
+    assert norm.steps_to_target is not None
+    assert norm.steps_to_target.mean == 15
+    gain = result.gain(norm, lambda curve: curve.accuracy[-1])
+    assert gain.mean == pytest.approx(0.06)
+    assert gain.spread == pytest.approx(0.04 * 2**0.5)
+
+
+def test_facts_follow_the_numbers_either_way() -> None:
+    low, high = [(0.1, 0.2), (0.1, 0.3)], [(0.96, 0.97), (0.96, 0.97)]
+    (better,) = report.facts([_result(low, high)])
+    (worse,) = report.facts([_result(high, low)])
+    (same,) = report.facts([_result(low, low)])
+    assert better.startswith("Title: batch norm against no batch norm: mean +79.0 ± 3.5 points, final +79.0")
+    assert worse.startswith("Title: batch norm against no batch norm: mean -79.0 ± 3.5 points, final -79.0")
+    assert same.count("(within the spread)") == 2
+
+    slow = [(0.1, 0.96), (0.1, 0.96)]
+    rates, fewest, ratio = report.facts([_result(slow, high, sweep=True), _result(low, high, sweep=True, rate=1.0)])
+    assert rates.endswith("95 %: 0.1 (no batch norm); 0.1, 1 (batch norm).")
+    assert fewest.endswith("20 ± 0 (no batch norm, learning rate 0.1); 10 ± 0 (batch norm, learning rate 0.1).")
+    assert "no batch norm takes 2.0 times the steps of batch norm" in ratio
+    assert report.facts([_result(low, low, sweep=True)]) == [
+        "Learning rates at which every run reached 95 %: none (no batch norm); none (batch norm)."
+    ]
+
+
+def test_the_table_says_never_and_how_many(capsys: pytest.CaptureFixture[str]) -> None:
+    report.show([_result([(0.1, 0.2), (0.1, 0.3)], [(0.1, 0.2), (0.1, 0.97)])])
+    shown = capsys.readouterr().out
+    assert re.search(r"no batch norm +never", shown)
+    assert re.search(r"batch norm +1 of 2 runs", shown)
+
+
+def _small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With and without the layer, and every option of it, once."""
+    sweep = experiments.COMPARISONS[1]
+    renorm, large = experiments.COMPARISONS[-2:]
+    assert renorm.experiments[1].method == "batch renorm"
+    monkeypatch.setattr(
+        experiments,
+        "COMPARISONS",
+        (
+            sweep,
+            Comparison(renorm.title, renorm.experiments[:2]),
+            Comparison(large.title, large.experiments[1:]),
+        ),
+    )
+
+
+def test_a_tiny_run_draws_a_figure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _small(monkeypatch)
+    path = tmp_path / "figure.png"
+    assert demo.main(["--quick", "--seeds", "1", "--output", str(path)]) == 0
+    assert path.read_bytes().startswith(b"\x89PNG")
+    shown = capsys.readouterr().out
+    assert "Training 6 networks" in shown
+    for method in report.COLOURS:
+        assert method in shown
+    assert "Batches of 32 from two classes: batch renorm against batch norm: mean " in shown
+
+
+@pytest.mark.parametrize("method", ["batch norm", "adjustment"])
+def test_the_same_seed_gives_the_same_run(method: str) -> None:
+    framework = pytest.importorskip("batchnorm.demo.tensorflow")
+    experiment = next(one for one in experiments.COMPARISONS[-1].experiments if one.method == method)
+    (comparison,) = experiments.quick([Comparison("", (experiment,))])
+    data = digits.load()
+    done: list[int] = []
+    curves = [framework.run(comparison.experiments[0], data, seed, done.append) for seed in (0, 0)]
+    assert curves[0] == curves[1]
+    assert curves[0].steps == (1, 2)
+    assert sum(done) == 4
+
+
+@pytest.mark.parametrize(
+    ("module", "words"), [("tensorflow", "TensorFlow"), ("sklearn.datasets", "scikit-learn"), ("rich", "Rich")]
+)
+def test_a_missing_package_is_named(
+    module: str, words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def missing(name: str, package: str) -> object:
+        raise ModuleNotFoundError(f"No module named {module!r}", name=module)
+
+    monkeypatch.setattr(importlib, "import_module", missing)
+    assert demo.main([]) == 2
+    assert capsys.readouterr().err == f'batchnorm demo needs {words}: pip install "batchnorm[demo]"\n'
+
+
+def test_other_import_errors_are_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: str, package: str) -> object:
+        raise ModuleNotFoundError("No module named 'other'", name="other")
+
+    monkeypatch.setattr(importlib, "import_module", missing)
+    with pytest.raises(ModuleNotFoundError, match="other"):
+        demo.main([])
+
+
+def test_an_output_in_no_folder_is_refused_before_the_work(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert demo.main(["--output", str(tmp_path / "none" / "figure.png")]) == 2
+    assert "--output must be in a folder that exists" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("seeds", ["0", "-1", "many"])
+def test_seeds_must_be_positive(seeds: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        demo.main(["--seeds", seeds])
+    assert stop.value.code == 2
+    assert "--seeds" in capsys.readouterr().err

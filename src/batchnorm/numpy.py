@@ -262,12 +262,16 @@ class BatchNormalization:
         plan = self._geometry or geometry.plan(x.shape, self._axis, self.options.virtual_batch_size)
         plan.check_input(x.shape)
         if not training:
-            self._geometry or self.build(x.shape, x.dtype)
+            self._ensure_built(x)
             return self._infer(x)
         view = x.reshape(plan.split(x.shape)).astype(Wide)
         adjustment = self._adjust(x.shape)
-        self._geometry or self.build(x.shape, x.dtype)
+        self._ensure_built(x)
         return self._train(x, view, adjustment)
+
+    def _ensure_built(self, x: Array) -> None:
+        if self._geometry is None:
+            self.build(x.shape, x.dtype)
 
     def _train(
         self, x: Array, view: Array, adjustment: tuple[Array, Array] | None
@@ -391,7 +395,8 @@ class BatchNormalization:
             return None
         parameter = self.variables[name]
         reduced = tuple(axis for axis in range(value.ndim) if axis not in self._feature_axes(value.ndim))
-        return value.sum(axis=reduced).reshape(parameter.shape).astype(parameter.dtype)
+        summed: Array = value.sum(axis=reduced).reshape(parameter.shape).astype(parameter.dtype)
+        return summed
 
     def _feature_axes(self, rank: int) -> tuple[int, ...]:
         shift = rank - self._plan.rank  # a view with virtual batches has one axis more
@@ -444,4 +449,5 @@ def _sum_to(value: Array, shape: tuple[int, ...]) -> Array:
     """Sum what broadcasting has repeated, so that a gradient has the shape of what it belongs to."""
     lead = value.ndim - len(shape)
     repeated = tuple(lead + axis for axis, size in enumerate(shape) if size == 1)
-    return value.sum(axis=(*range(lead), *repeated)).reshape(shape)
+    summed: Array = value.sum(axis=(*range(lead), *repeated)).reshape(shape)
+    return summed

@@ -11,7 +11,7 @@ import numpy as np
 import tensorflow as tf
 from hypothesis import strategies as st
 
-from ..oracle import Oracle
+from tests.oracle import Oracle
 
 v1 = tf.compat.v1
 STEPS = 5
@@ -86,7 +86,7 @@ def cases(draw: Any, rank: int, eager: bool, beyond: bool = False) -> Case:
         axis = draw(st.sampled_from([chosen[0], chosen[0] - rank, [chosen[0]]]))
     options: dict[str, Any] = {"axis": axis}
     dtype = draw(st.sampled_from(["float32", "float32", "float64", "float16", "bfloat16"]))
-    for name, values in {
+    choices: dict[str, list[Any]] = {
         "momentum": [0.9, 0.5, 0.0, 1.0],
         "epsilon": [1e-2, 1e-4],
         "center": [False],
@@ -98,7 +98,8 @@ def cases(draw: Any, rank: int, eager: bool, beyond: bool = False) -> Case:
         "gamma_initializer": [v1.constant_initializer(1.7)],
         "moving_mean_initializer": [v1.constant_initializer(0.2)],
         "moving_variance_initializer": [v1.constant_initializer(2.5)],
-    }.items():
+    }
+    for name, values in choices.items():
         if draw(st.integers(0, 2)) == 0:
             options[name] = draw(st.sampled_from(values))
     if beyond:

@@ -9,8 +9,7 @@ import pytest
 import tensorflow as tf
 
 from batchnorm.tensorflow import BatchNormalization, Layer, batch_normalization
-
-from ..core.test_options import BAD
+from tests.core.test_options import BAD
 
 v1 = tf.compat.v1
 FUNCTIONS = [
@@ -166,7 +165,7 @@ def test_weights_are_set_all_or_none() -> None:
         layer.count_params()
     layer.build([None, 3])
     before = layer.get_weights()
-    with pytest.raises(ValueError, match="4 arrays.*received 1"):
+    with pytest.raises(ValueError, match=r"4 arrays.*received 1"):
         layer.set_weights([np.ones(3)])
     with pytest.raises(ValueError, match=r"moving_variance.*\(4,\)"):
         layer.set_weights([np.ones(3), np.ones(3), np.ones(3), np.ones(4)])

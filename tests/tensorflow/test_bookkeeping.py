@@ -47,7 +47,7 @@ def unnamed_layers_are_numbered(module: Any) -> Any:
 
 @program
 def every_option_names_its_variables(module: Any) -> Any:
-    book = []
+    book: list[Any] = []
     for options in (
         {"center": False},
         {"scale": False},
@@ -231,7 +231,7 @@ def weights_are_read_and_set_in_a_session(module: Any) -> Any:
 @program
 def scope_name_waits_for_the_first_call(module: Any) -> Any:
     layer = module.BatchNormalization()
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="scope"):
         layer.scope_name  # noqa: B018
     layer(tf.zeros([2, 3]))
     return layer.scope_name
@@ -349,7 +349,7 @@ def test_eagerly_updates_are_made_and_not_kept() -> None:
     assert layer.updates == []
     assert layer.get_updates_for(None) == []
     np.testing.assert_allclose(layer.moving_mean, [1.0])
-    with pytest.raises(RuntimeError, match="eager"), pytest.warns(DeprecationWarning):
+    with pytest.raises(RuntimeError, match="eager"), pytest.warns(DeprecationWarning, match="graph"):
         layer.graph  # noqa: B018
 
 

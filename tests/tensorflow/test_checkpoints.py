@@ -145,7 +145,9 @@ def test_conversion_refuses_to_write_onto_its_source(tmp_path: pathlib.Path) -> 
 def test_initial_weights_and_checkpoints_serve_inference_without_tensorflow(tmp_path: pathlib.Path) -> None:
     layer = BatchNormalization(renorm=True)
     layer(X, training=True)
-    np.savez(tmp_path / "layer.npz", **{v.name.rpartition("/")[2].removesuffix(":0"): v.numpy() for v in layer.variables})
+    np.savez(
+        tmp_path / "layer.npz", **{v.name.rpartition("/")[2].removesuffix(":0"): v.numpy() for v in layer.variables}
+    )
     plain = batchnorm.numpy.BatchNormalization(renorm=True)
     plain.load(np.load(tmp_path / "layer.npz"))
     np.testing.assert_allclose(plain(X), layer(X), atol=1e-5)

@@ -10,8 +10,8 @@ import tensorflow as tf
 from hypothesis import given, settings
 
 from batchnorm.tensorflow import BatchNormalization
+from tests.oracle import Oracle, differences
 
-from ..oracle import Oracle, differences
 from .cases import STEPS, TOLERANCE, Case, cases, run
 
 v1 = tf.compat.v1
@@ -151,7 +151,8 @@ def test_an_empty_batch_moves_nothing_and_has_no_gradient(
 def test_a_frozen_layer_still_normalizes_by_the_batch_and_keeps_its_moving_statistics() -> None:
     layer = BatchNormalization(trainable=False, renorm=True)
     x = np.random.default_rng(0).normal(5.0, 2.0, (64, 3)).astype(np.float32)
-    start = layer.build([None, 3]) or {v.name: v.numpy() for v in layer.variables}
+    layer.build([None, 3])
+    start = {v.name: v.numpy() for v in layer.variables}
     layer(x, training=True)
     moved = {v.name.rpartition("/")[2] for v in layer.variables if (v.numpy() != start[v.name]).any()}
     # As the original does eagerly: renorm's own averages serve training, and go on.
@@ -170,11 +171,13 @@ def test_the_stored_variance_is_unbiased_just_where_the_original_was_fused() -> 
         return layer.moving_variance.numpy().reshape(-1), layer.kernel
 
     biased, unbiased = x.var(axis=(0, 1, 2)), x.var(axis=(0, 1, 2), ddof=1)
-    for options in ({}, {"fused": True}, {"axis": 3}, {"axis": [-1]}):
+    fusible: list[dict[str, Any]] = [{}, {"fused": True}, {"axis": 3}, {"axis": [-1]}]
+    for options in fusible:
         variance, kernel = stored("float32", **options)
         np.testing.assert_allclose(variance, unbiased, rtol=1e-5)
         assert kernel == "FusedBatchNormV3"
-    for options in ({"fused": False}, {"virtual_batch_size": 3}, {"adjustment": lambda shape: (1.0, 0.0)}):
+    others: list[dict[str, Any]] = [{"fused": False}, {"virtual_batch_size": 3}, {"adjustment": lambda shape: (1, 0)}]
+    for options in others:
         variance, kernel = stored("float32", **options)
         np.testing.assert_allclose(variance, biased, rtol=1e-5)
         assert kernel == "composed"

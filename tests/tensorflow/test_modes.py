@@ -86,7 +86,7 @@ def test_gradients_in_xla_equal_eager_ones(options: dict[str, Any]) -> None:
 
 @every_option
 def test_saved_models_train_and_infer_like_the_layer(options: dict[str, Any], tmp_path: pathlib.Path) -> None:
-    class Model(tf.Module):  # type: ignore[misc]
+    class Model(tf.Module):
         def __init__(self) -> None:
             self.normalize = BatchNormalization(**options)
 

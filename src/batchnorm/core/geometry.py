@@ -133,7 +133,7 @@ def plan(shape: tuple[int | None, ...], axis: int | tuple[int, ...], virtual_bat
         size = shape[one]
         if size is None:
             raise ValueError(
-                f"inputs must have a known size on every feature axis; received axis={axis} and inputs of shape {shape}."
+                f"inputs must have a known size on every feature axis; received axis={axis} and shape {shape}."
             )
         features.append((one, size))
     return Geometry(rank, tuple(features), virtual_batch_size)

@@ -22,10 +22,7 @@ def origin(xp: Namespace, x: Array, axes: Sequence[int]) -> Array:
     """The first value of each group and feature, 0 where there is none: what `moments` measures from."""
     # Some namespaces refuse a slice beyond the end, so an axis known to be empty is left whole.
     first = x[
-        tuple(
-            slice(None) if axis not in axes or x.shape[axis] == 0 else slice(0, 1)
-            for axis in range(len(x.shape))
-        )
+        tuple(slice(None) if axis not in axes or x.shape[axis] == 0 else slice(0, 1) for axis in range(len(x.shape)))
     ]
     return xp.sum(first, axis=tuple(axes), keepdims=True)  # of one value, or of none
 

@@ -43,9 +43,9 @@ def scalar(name: str, value: Any, low: float, high: float, allowed: str) -> Any:
 
 def flag(name: str, value: Any) -> bool:
     """Check a switch. 0, 1 and NumPy's booleans are as good as Python's."""
-    if isinstance(value, (bool, numbers.Integral)) or type(value).__name__ in ("bool_", "bool"):
-        if value in (0, 1):
-            return bool(value)
+    # NumPy's booleans are not among the numbers.
+    if (isinstance(value, numbers.Integral) or type(value).__name__ in ("bool_", "bool")) and value in (0, 1):
+        return bool(value)
     raise TypeError(f"{name} must be True or False; {received(value)}.")
 
 

@@ -35,9 +35,9 @@ def names(options: Options) -> tuple[str, ...]:
 def modernize(xp: Namespace, variables: Mapping[str, Array], epsilon: Any) -> dict[str, Array]:
     """Turn the variables of a renorm layer of the older generation into today's; today's pass through.
 
-    In the first versions of the original the averages of renorm began at zero and were de-biased by the sum of their weights, kept
-    beside them in ``renorm_mean_weight`` and ``renorm_stddev_weight``, and there was no ``moving_stddev``. Averages
-    without any weight yet begin where today's layer begins: at the moving statistics.
+    In the first versions of the original the averages of renorm began at zero and were de-biased by the sum of their
+    weights, kept beside them in ``renorm_mean_weight`` and ``renorm_stddev_weight``, and there was no
+    ``moving_stddev``. Averages without any weight yet begin where today's layer begins: at the moving statistics.
 
     Raises:
         KeyError: If one of the variables that this takes is missing.

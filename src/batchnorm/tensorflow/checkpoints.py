@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from ..core import state
+from batchnorm.core import state
 
 __all__ = ["modernize_checkpoint"]
 

@@ -17,7 +17,8 @@ from typing import Any
 
 import tensorflow as tf
 
-from ..core.options import flag, received
+from batchnorm.core.options import flag, received
+
 from .serialization import get
 
 __all__ = ["InputSpec", "Layer"]
@@ -102,6 +103,8 @@ class Layer(tf.Module):
             raise TypeError(f"{type(self).__name__}() got unknown keyword arguments {sorted(unknown)}.")
         if name is not None and not isinstance(name, (str, v1.VariableScope)):
             raise TypeError(f"name must be None or a string; {received(name)}.")
+        self._dtype: str | None
+        self._compute_dtype: str | None
         self.trainable = flag("trainable", trainable)
         self.built = False
         self.input_spec: InputSpec | None = None
@@ -208,7 +211,7 @@ class Layer(tf.Module):
         """The same as `weights`."""
         return self.weights
 
-    @tf.autograph.experimental.do_not_convert  # type: ignore[untyped-decorator]
+    @tf.autograph.experimental.do_not_convert
     def add_weight(
         self,
         name: str,
@@ -400,8 +403,8 @@ class Layer(tf.Module):
 
     def get_updates_for(self, inputs: Any) -> list[Any]:
         """List the update operations that depend on `inputs`, or with None those that depend on no input."""
-        conditional = []
-        unconditional = []
+        conditional: list[Any] = []
+        unconditional: list[Any] = []
         for update, call_inputs in self._recorded_updates():
             (conditional if _depending([update], call_inputs) else unconditional).append(update)
         return unconditional if inputs is None else _depending(conditional, inputs)

@@ -11,6 +11,6 @@ minimum = tf.minimum
 sqrt = tf.sqrt
 
 
-def sum(x: Any, /, *, axis: Any, keepdims: bool) -> Any:  # noqa: A001 - the standard's name
+def sum(x: Any, /, *, axis: Any, keepdims: bool) -> Any:
     """Sum over axes."""
     return tf.reduce_sum(x, axis=axis, keepdims=keepdims)

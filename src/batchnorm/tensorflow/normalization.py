@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from ..core import algebra, geometry, kernels, state
-from ..core.algebra import Correction, Moments
-from ..core.geometry import Geometry
-from ..core.options import Clipping, Options, received
+from batchnorm.core import algebra, geometry, kernels, state
+from batchnorm.core.algebra import Correction, Moments
+from batchnorm.core.geometry import Geometry
+from batchnorm.core.options import Clipping, Options, received
+
 from . import namespace as xp
 from .layer import InputSpec, Layer
 from .serialization import get, serialize
@@ -297,7 +298,7 @@ class BatchNormalization(Layer):
 
     # Calling.
 
-    @tf.autograph.experimental.do_not_convert  # type: ignore[untyped-decorator]
+    @tf.autograph.experimental.do_not_convert
     def __call__(self, inputs: Any, training: Any = False, **kwargs: Any) -> Any:
         """Normalize a batch.
 
@@ -561,7 +562,7 @@ class BatchNormalization(Layer):
         return super().get_config() | config
 
 
-def batch_normalization(
+def batch_normalization(  # noqa: D417 - the other arguments are those of the class
     inputs: Any,
     axis: int | list[int] | tuple[int, ...] = -1,
     momentum: Any = 0.99,

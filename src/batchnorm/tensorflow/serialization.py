@@ -7,7 +7,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from ..core.options import received
+from batchnorm.core.options import received
 
 __all__ = ["get", "serialize"]
 
@@ -69,4 +69,4 @@ def _stock_initializer(value: str | Mapping[str, Any]) -> Callable[..., Any] | N
         ),
         None,
     )
-    return None if found is None else found.from_config(dict(config))  # type: ignore[no-any-return]
+    return None if found is None else found.from_config(dict(config))

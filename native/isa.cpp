@@ -1,0 +1,750 @@
+// The operations for one instruction set. CMake compiles this file once for each, with BATCHNORM_ISA its name.
+#include "passes.hpp"
+#include "threads.hpp"
+
+namespace batchnorm {
+namespace {
+
+constexpr int64_t SERIAL = 1 << 15;       // values below which waking another thread takes longer than the work
+constexpr int64_t CACHE = 256 * 1024;     // bytes of a block that should stay in the second level of cache
+constexpr int64_t STRETCH = 4096;         // bytes that should be read side by side
+
+template <class F>
+void run_tasks(int64_t tasks, bool serial, F&& task) {
+  if (serial)
+    for (int64_t i = 0; i < tasks; i++) task(i);
+  else
+    parallel(tasks, [](void* context, int64_t i) { (*static_cast<F*>(context))(i); }, &task);
+}
+
+double root(double v) { return __builtin_sqrt(v); }
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Carve typed arrays out of one piece of scratch memory.
+class Carver {
+ public:
+  Carver(Slot slot, int64_t bytes) : next_(static_cast<char*>(scratch(slot, bytes + 4096))) {}
+  template <class T>
+  T* take(int64_t n) {
+    char* here = next_;
+    next_ += (n * static_cast<int64_t>(sizeof(T)) + 63) / 64 * 64;
+    return reinterpret_cast<T*>(here);
+  }
+
+ private:
+  char* next_;
+};
+
+// The row of the whole array that is row i of a group.
+int64_t row_of(const View& v, int64_t group, int64_t i) {
+  if (v.groups == 1) return i;
+  if (v.span == 1) return i * v.groups + group;
+  return (i / v.span * v.groups + group) * v.span + i % v.span;
+}
+
+
+// ---- Features in the middle: a block of features at a time, which stays in cache.
+
+template <class S>
+struct Inner {
+  using Stored = typename S::Stored;
+  using Value = typename S::Value;
+  const View& v;
+
+  int64_t group_rows() const { return v.rows / v.groups; }
+  int64_t offset(int64_t group, int64_t i, int64_t c) const {
+    return (row_of(v, group, i) * v.features + c) * v.inner;
+  }
+
+  int64_t block(int64_t arrays, bool all_groups, bool serial) const {
+    int64_t bytes = (all_groups ? v.rows : group_rows()) * v.inner * static_cast<int64_t>(sizeof(Stored)) * arrays;
+    int64_t side = ceil_div(STRETCH, v.inner * static_cast<int64_t>(sizeof(Stored)));
+    int64_t features = most<int64_t>(1, least(side, CACHE / most<int64_t>(bytes, 1)));
+    if (!serial) features = least(features, most<int64_t>(1, v.features / (2 * num_threads())));
+    return least(features, v.features);
+  }
+
+  void moments(const Stored* x, int64_t group, int64_t c0, int64_t c1, double* mean, double* variance) const {
+    int64_t rows = group_rows();
+    double n = static_cast<double>(rows * v.inner);
+    for (int64_t c = c0; c < c1; c++) {
+      mean[c - c0] = rows ? static_cast<double>(static_cast<Value>(sum_run<S>(x + offset(group, 0, c), v.inner) / v.inner)) : 0;
+      variance[c - c0] = 0;
+    }
+    double* sums = deltas(c1 - c0);
+    for (int64_t i = 0; i < rows; i++) {
+      const Stored* run = x + offset(group, i, c0);
+      for (int64_t c = c0; c < c1; c++, run += v.inner)
+        moments_run<S>(run, v.inner, static_cast<Value>(mean[c - c0]), sums + (c - c0), variance + (c - c0));
+    }
+    for (int64_t c = c0; c < c1; c++) {
+      if (rows == 0) continue;
+      double delta = sums[c - c0] / n;
+      mean[c - c0] += delta;
+      double v2 = variance[c - c0] / n - delta * delta;
+      variance[c - c0] = v2 < 0 ? 0 : v2;
+    }
+  }
+
+  void scale(const Stored* x, Stored* y, int64_t group, int64_t c0, int64_t c1, const Value* origin, const Value* scale,
+             const Value* shift) const {
+    for (int64_t i = group_rows() - 1; i >= 0; i--) {  // backwards: the end is what the cache still has
+      int64_t at = offset(group, i, c0);
+      for (int64_t c = 0; c < c1 - c0; c++, at += v.inner)
+        scale_run<S>(x + at, y + at, v.inner, origin[c], scale[c], shift[c]);
+    }
+  }
+
+  void sums(const Stored* x, const Stored* dy, int64_t group, int64_t c0, int64_t c1, const Value* origin, double* sum,
+            double* centered) const {
+    for (int64_t c = 0; c < c1 - c0; c++) sum[c] = centered[c] = 0;
+    for (int64_t i = 0; i < group_rows(); i++) {
+      int64_t at = offset(group, i, c0);
+      for (int64_t c = 0; c < c1 - c0; c++, at += v.inner)
+        gradient_sums_run<S>(x + at, dy + at, v.inner, origin[c], sum + c, centered + c);
+    }
+  }
+
+  void combine(const Stored* x, const Stored* dy, Stored* dx, int64_t group, int64_t c0, int64_t c1,
+               const Value* origin, const Value* dy_weight, const Value* x_weight, const Value* constant) const {
+    for (int64_t i = group_rows() - 1; i >= 0; i--) {
+      int64_t at = offset(group, i, c0);
+      for (int64_t c = 0; c < c1 - c0; c++, at += v.inner)
+        combine_run<S>(x + at, dy + at, dx + at, v.inner, origin[c], dy_weight[c], x_weight[c], constant[c]);
+    }
+  }
+
+  double* deltas_memory = nullptr;
+  double* deltas(int64_t n) const {
+    for (int64_t i = 0; i < n; i++) deltas_memory[i] = 0;
+    return deltas_memory;
+  }
+};
+
+// ---- Features last: rows of all features. A few features are seen as a wider row of several rows side by side.
+
+template <class S>
+struct Rows {
+  using Stored = typename S::Stored;
+  using Value = typename S::Value;
+  const View& v;
+
+  int64_t group_rows() const { return v.rows / v.groups; }
+  int64_t widening() const { return v.groups == 1 ? most<int64_t>(1, WAYS * W / v.features) : 1; }
+  int64_t wide() const { return v.features * widening(); }
+
+  // Calls body with pointers to up to ROWS wide rows of [begin, end), or narrow ones at the end.
+  template <int ARRAYS, class Body>
+  void blocks(const Stored* const (&arrays)[ARRAYS], int64_t group, int64_t begin, int64_t end, Body&& body) const {
+    const Stored* pointers[ARRAYS][ROWS];
+    int64_t w = widening();
+    for (int64_t i = begin; i < end;) {
+      int64_t step = end - i >= w ? w : 1, n = 0;
+      for (; n < ROWS && i + step <= end; n++, i += step)
+        for (int a = 0; a < ARRAYS; a++) pointers[a][n] = arrays[a] + row_of(v, group, i) * v.features;
+      body(pointers, n, v.features * step);
+    }
+  }
+
+  void spread(Value* values) const {  // repeat by-feature values over a wide row
+    for (int64_t c = v.features; c < wide(); c++) values[c] = values[c - v.features];
+  }
+  void fold(double* sums) const {
+    for (int64_t c = v.features; c < wide(); c++) sums[c % v.features] += sums[c];
+  }
+  static void zero(double* sums, int64_t n) {
+    for (int64_t c = 0; c < n; c++) sums[c] = 0;
+  }
+
+  // origin, sum and squares have room for a wide row.
+  void moments(const Stored* x, int64_t group, int64_t begin, int64_t end, Value* origin, double* sum,
+               double* squares) const {
+    zero(sum, wide());
+    zero(squares, wide());
+    int64_t first = least(end, begin + ROWS);
+    const Stored* const arrays[1] = {x};
+    blocks<1>(arrays, group, begin, first, [&](auto& p, int64_t n, int64_t f) { sum_rows<S>(p[0], n, f, sum); });
+    fold(sum);
+    for (int64_t c = 0; c < v.features; c++)
+      origin[c] = first > begin ? static_cast<Value>(sum[c] / static_cast<double>(first - begin)) : 0;
+    spread(origin);
+    zero(sum, wide());
+    blocks<1>(arrays, group, begin, end,
+              [&](auto& p, int64_t n, int64_t f) { moments_rows<S>(p[0], n, f, origin, sum, squares); });
+    fold(sum);
+    fold(squares);
+  }
+
+  void scale(const Stored* x, Stored* y, int64_t group, int64_t begin, int64_t end, const Value* origin,
+             const Value* scale, const Value* shift) const {
+    const Stored* const arrays[2] = {x, y};
+    blocks<2>(arrays, group, begin, end, [&](auto& p, int64_t n, int64_t f) {
+      scale_rows<S>(p[0], const_cast<Stored**>(p[1]), n, f, origin, scale, shift);
+    });
+  }
+
+  void sums(const Stored* x, const Stored* dy, int64_t group, int64_t begin, int64_t end, const Value* origin,
+            double* sum, double* centered) const {
+    zero(sum, wide());
+    zero(centered, wide());
+    const Stored* const arrays[2] = {x, dy};
+    blocks<2>(arrays, group, begin, end, [&](auto& p, int64_t n, int64_t f) {
+      gradient_sums_rows<S>(p[0], p[1], n, f, origin, sum, centered);
+    });
+    fold(sum);
+    fold(centered);
+  }
+
+  void combine(const Stored* x, const Stored* dy, Stored* dx, int64_t group, int64_t begin, int64_t end,
+               const Value* origin, const Value* dy_weight, const Value* x_weight, const Value* constant) const {
+    const Stored* const arrays[3] = {x, dy, dx};
+    blocks<3>(arrays, group, begin, end, [&](auto& p, int64_t n, int64_t f) {
+      combine_rows<S>(p[0], p[1], const_cast<Stored**>(p[2]), n, f, origin, dy_weight, x_weight, constant);
+    });
+  }
+
+  // How many pieces a whole batch is cut into, and where piece j begins.
+  int64_t pieces(bool serial) const {
+    if (serial) return 1;
+    return most<int64_t>(1, least<int64_t>(4 * num_threads(), v.size() / SERIAL));
+  }
+  int64_t begin(int64_t j, int64_t pieces) const {
+    int64_t unit = ROWS * widening();
+    return least(v.rows, ceil_div(ceil_div(v.rows, unit) * j, pieces) * unit);
+  }
+};
+
+// ---- The little arithmetic between the passes; it mirrors batchnorm/core/algebra.py.
+
+template <class Value>
+void coefficients(const Forward& p, int64_t c, double mean, double variance, double r, double d, Value* origin,
+                  Value* scale, Value* shift) {
+  double s = r / root(variance + p.epsilon), o = d;
+  if (p.adjustment_scale) {
+    s *= p.adjustment_scale.get(c);
+    o = o * p.adjustment_scale.get(c) + p.adjustment_bias.get(c);
+  }
+  if (p.gamma) {
+    s *= p.gamma.get(c);
+    o *= p.gamma.get(c);
+  }
+  if (p.beta) o += p.beta.get(c);
+  *origin = static_cast<Value>(mean);
+  *scale = static_cast<Value>(s);
+  *shift = static_cast<Value>(o + (static_cast<double>(*origin) - mean) * s);
+}
+
+void correction(const Forward& p, int64_t c, double mean, double variance) {
+  double floor = most(p.renorm_stddev.get(c), root(p.epsilon));
+  double r = root(variance + p.epsilon) / floor, d = (mean - p.renorm_mean.get(c)) / floor;
+  if (r < p.rmin) r = p.rmin;
+  if (r > p.rmax) r = p.rmax;
+  if (d < -p.dmax) d = -p.dmax;
+  if (d > p.dmax) d = p.dmax;
+  p.r.set(c, r);
+  p.d.set(c, d);
+}
+
+double r_of(const Forward& p, int64_t c) { return p.renorm_mean ? p.r.get(c) : 1; }
+double d_of(const Forward& p, int64_t c) { return p.renorm_mean ? p.d.get(c) : 0; }
+
+// Returns 1/sigma.
+template <class Value>
+double combination(const Backward& p, int64_t group, int64_t c, double sum, double centered, Value* dy_weight,
+                   Value* x_weight, Value* constant) {
+  double n = static_cast<double>(most<int64_t>(p.view.count(), 1));
+  double inverse = 1 / root(p.variance.get(group * p.view.features + c) + p.epsilon), k = inverse;
+  if (p.gamma) k *= p.gamma.get(c);
+  if (p.r) k *= p.r.get(c);
+  if (p.adjustment_scale) k *= p.adjustment_scale.get(c);
+  *dy_weight = static_cast<Value>(k);
+  *x_weight = static_cast<Value>(-k * inverse * inverse * (centered / n));
+  *constant = static_cast<Value>(-k * (sum / n));
+  return inverse;
+}
+
+// Gradients of the parameters from the sums, over all groups, of dy and of dy·(x - m)/sigma.
+void parameter_gradients(const Backward& p, int64_t c, double sum, double normalized) {
+  double corrected = (p.r ? p.r.get(c) : 1) * normalized + (p.d ? p.d.get(c) : 0) * sum;
+  double a = p.adjustment_scale ? p.adjustment_scale.get(c) : 1, b = p.adjustment_scale ? p.adjustment_bias.get(c) : 0;
+  double gamma = p.gamma ? p.gamma.get(c) : 1;
+  if (p.dgamma) p.dgamma.set(c, a * corrected + b * sum);
+  if (p.dbeta) p.dbeta.set(c, sum);
+  if (p.dadjustment_scale) p.dadjustment_scale.set(c, gamma * corrected);
+  if (p.dadjustment_bias) p.dadjustment_bias.set(c, gamma * sum);
+}
+
+template <class Value>
+Value origin_of(const Values& mean, int64_t i) {
+  return static_cast<Value>(mean.get(i));
+}
+
+// ---- Forward.
+
+template <class S>
+void forward_inner(const Forward& p) {
+  using Value = typename S::Value;
+  const View& v = p.view;
+  const auto* x = static_cast<const typename S::Stored*>(p.x);
+  auto* y = static_cast<typename S::Stored*>(p.y);
+  bool serial = v.size() < SERIAL, renorm = static_cast<bool>(p.renorm_mean);
+  int64_t block = Inner<S>{v}.block(1, renorm, serial);
+  run_tasks(ceil_div(v.features, block), serial, [&](int64_t task) {
+    int64_t c0 = task * block, c1 = least(v.features, c0 + block), width = c1 - c0;
+    int64_t kept = renorm ? v.groups : 1;
+    Carver carver(Slot::task, (kept * 2 + 5) * (width * 8 + 64));
+    double *mean = carver.take<double>(kept * width), *variance = carver.take<double>(kept * width);
+    Inner<S> inner{v, carver.take<double>(width)};
+    Value *origin = carver.take<Value>(width), *scale = carver.take<Value>(width), *shift = carver.take<Value>(width);
+    auto finish = [&](int64_t g, const double* m, const double* var) {
+      for (int64_t c = c0; c < c1; c++)
+        coefficients<Value>(p, c, m[c - c0], var[c - c0], r_of(p, c), d_of(p, c), origin + (c - c0), scale + (c - c0),
+                            shift + (c - c0));
+      inner.scale(x, y, g, c0, c1, origin, scale, shift);
+    };
+    for (int64_t g = 0; g < v.groups; g++) {
+      double *m = mean + (renorm ? g * width : 0), *var = variance + (renorm ? g * width : 0);
+      inner.moments(x, g, c0, c1, m, var);
+      for (int64_t c = c0; c < c1; c++) {
+        p.mean.set(g * v.features + c, m[c - c0]);
+        p.variance.set(g * v.features + c, var[c - c0]);
+      }
+      if (!renorm) finish(g, m, var);
+    }
+    if (!renorm) return;
+    for (int64_t c = 0; c < width; c++) {
+      double m = 0, var = 0;
+      for (int64_t g = 0; g < v.groups; g++) m += mean[g * width + c], var += variance[g * width + c];
+      double groups = static_cast<double>(most<int64_t>(v.groups, 1));
+      correction(p, c0 + c, m / groups, var / groups);
+    }
+    for (int64_t g = v.groups - 1; g >= 0; g--) finish(g, mean + g * width, variance + g * width);
+  });
+}
+
+// Moments of a whole batch in pieces that go to several threads, put together in a fixed order.
+template <class S, class Take>
+void moments_whole(const View& v, const typename S::Stored* x, bool serial, Take&& take) {
+  using Value = typename S::Value;
+  Rows<S> rows{v};
+  int64_t pieces = rows.pieces(serial), wide = (rows.wide() + 15) / 16 * 16;
+  Carver carver(Slot::call, pieces * wide * 24);
+  double *sums = carver.take<double>(pieces * wide), *squares = carver.take<double>(pieces * wide);
+  Value* origins = carver.take<Value>(pieces * wide);
+  run_tasks(pieces, serial, [&](int64_t j) {
+    rows.moments(x, 0, rows.begin(j, pieces), rows.begin(j + 1, pieces), origins + j * wide, sums + j * wide,
+                 squares + j * wide);
+  });
+  constexpr int64_t FEATURES = 512;
+  run_tasks(ceil_div(v.features, FEATURES), serial, [&](int64_t task) {
+    for (int64_t c = task * FEATURES; c < least(v.features, (task + 1) * FEATURES); c++) {
+      double mean = 0, square = 0, total_count = 0;
+      for (int64_t j = 0; j < pieces; j++) {  // Chan, Golub & LeVeque, 1983
+        double n = static_cast<double>(rows.begin(j + 1, pieces) - rows.begin(j, pieces));
+        if (n == 0) continue;
+        double delta = sums[j * wide + c] / n, m = static_cast<double>(origins[j * wide + c]) + delta;
+        double own = squares[j * wide + c] - delta * sums[j * wide + c];
+        double apart = m - mean;
+        total_count += n;
+        square += own + apart * apart * n * ((total_count - n) / total_count);
+        mean += apart * (n / total_count);
+      }
+      double variance = total_count > 0 ? square / total_count : 0;
+      take(c, mean, variance < 0 ? 0 : variance);
+    }
+  });
+}
+
+template <class S>
+void forward_rows_whole(const Forward& p) {
+  using Value = typename S::Value;
+  const View& v = p.view;
+  const auto* x = static_cast<const typename S::Stored*>(p.x);
+  auto* y = static_cast<typename S::Stored*>(p.y);
+  bool serial = v.size() < SERIAL;
+  Rows<S> rows{v};
+  // The coefficients lie after what moments_whole takes of the same memory; it is done with its own by then.
+  moments_whole<S>(v, x, serial, [&](int64_t c, double mean, double variance) {
+    p.mean.set(c, mean);
+    p.variance.set(c, variance);
+    if (p.renorm_mean) correction(p, c, mean, variance);
+  });
+  int64_t wide = rows.wide();
+  Carver carver(Slot::call, 3 * (wide * 8 + 64));
+  Value *origin = carver.take<Value>(wide), *scale = carver.take<Value>(wide), *shift = carver.take<Value>(wide);
+  for (int64_t c = 0; c < v.features; c++)
+    coefficients<Value>(p, c, p.mean.get(c), p.variance.get(c), r_of(p, c), d_of(p, c), origin + c, scale + c,
+                        shift + c);
+  rows.spread(origin);
+  rows.spread(scale);
+  rows.spread(shift);
+  int64_t pieces = rows.pieces(serial);
+  run_tasks(pieces, serial, [&](int64_t task) {
+    int64_t j = pieces - 1 - task;
+    rows.scale(x, y, 0, rows.begin(j, pieces), rows.begin(j + 1, pieces), origin, scale, shift);
+  });
+}
+
+// Groups are cut into blocks, a task each.
+struct GroupBlocks {
+  int64_t tasks, size;
+  GroupBlocks(const View& v, bool serial) {
+    tasks = serial ? 1 : least<int64_t>(v.groups, 4 * num_threads());
+    size = ceil_div(v.groups, most<int64_t>(tasks, 1));
+  }
+};
+
+template <class S>
+void forward_rows_groups(const Forward& p) {
+  using Value = typename S::Value;
+  const View& v = p.view;
+  const auto* x = static_cast<const typename S::Stored*>(p.x);
+  auto* y = static_cast<typename S::Stored*>(p.y);
+  bool serial = v.size() < SERIAL, renorm = static_cast<bool>(p.renorm_mean);
+  Rows<S> rows{v};
+  int64_t n = rows.group_rows(), f = v.features;
+  GroupBlocks blocks(v, serial);
+  auto phase = [&](bool measure, bool normalize) {
+    run_tasks(blocks.tasks, serial, [&](int64_t task) {
+      Carver carver(Slot::task, 5 * (f * 8 + 64));
+      double *sum = carver.take<double>(f), *squares = carver.take<double>(f);
+      Value *origin = carver.take<Value>(f), *scale = carver.take<Value>(f), *shift = carver.take<Value>(f);
+      for (int64_t g = task * blocks.size; g < least(v.groups, (task + 1) * blocks.size); g++) {
+        if (measure) {
+          rows.moments(x, g, 0, n, origin, sum, squares);
+          for (int64_t c = 0; c < f; c++) {
+            double delta = n ? sum[c] / static_cast<double>(n) : 0;
+            double variance = n ? squares[c] / static_cast<double>(n) - delta * delta : 0;
+            p.mean.set(g * f + c, static_cast<double>(origin[c]) + delta);
+            p.variance.set(g * f + c, variance < 0 ? 0 : variance);
+          }
+        }
+        if (normalize) {
+          for (int64_t c = 0; c < f; c++)
+            coefficients<Value>(p, c, p.mean.get(g * f + c), p.variance.get(g * f + c), r_of(p, c), d_of(p, c),
+                                origin + c, scale + c, shift + c);
+          rows.scale(x, y, g, 0, n, origin, scale, shift);
+        }
+      }
+    });
+  };
+  if (!renorm) return phase(true, true);
+  phase(true, false);
+  for (int64_t c = 0; c < f; c++) {
+    double mean = 0, variance = 0, groups = static_cast<double>(most<int64_t>(v.groups, 1));
+    for (int64_t g = 0; g < v.groups; g++) mean += p.mean.get(g * f + c), variance += p.variance.get(g * f + c);
+    correction(p, c, mean / groups, variance / groups);
+  }
+  phase(false, true);
+}
+
+template <class S>
+void forward(const Forward& p) {
+  if (p.view.inner > 1) return forward_inner<S>(p);
+  if (p.view.groups == 1) return forward_rows_whole<S>(p);
+  forward_rows_groups<S>(p);
+}
+
+// ---- Backward.
+
+template <class S>
+void backward_inner(const Backward& p) {
+  using Value = typename S::Value;
+  const View& v = p.view;
+  const auto *x = static_cast<const typename S::Stored*>(p.x), *dy = static_cast<const typename S::Stored*>(p.dy);
+  auto* dx = static_cast<typename S::Stored*>(p.dx);
+  bool serial = v.size() < SERIAL;
+  int64_t block = Inner<S>{v}.block(2, false, serial);
+  run_tasks(ceil_div(v.features, block), serial, [&](int64_t task) {
+    int64_t c0 = task * block, c1 = least(v.features, c0 + block), width = c1 - c0;
+    Carver carver(Slot::task, 8 * (width * 8 + 64));
+    double *sum = carver.take<double>(width), *centered = carver.take<double>(width);
+    double *all = carver.take<double>(width), *normalized = carver.take<double>(width);
+    Value *origin = carver.take<Value>(width), *dy_weight = carver.take<Value>(width);
+    Value *x_weight = carver.take<Value>(width), *constant = carver.take<Value>(width);
+    Inner<S> inner{v};
+    for (int64_t c = 0; c < width; c++) all[c] = normalized[c] = 0;
+    for (int64_t g = 0; g < v.groups; g++) {
+      for (int64_t c = 0; c < width; c++) origin[c] = origin_of<Value>(p.mean, g * v.features + c0 + c);
+      inner.sums(x, dy, g, c0, c1, origin, sum, centered);
+      for (int64_t c = 0; c < width; c++) {
+        double inverse = combination<Value>(p, g, c0 + c, sum[c], centered[c], dy_weight + c, x_weight + c, constant + c);
+        all[c] += sum[c];
+        normalized[c] += centered[c] * inverse;
+      }
+      inner.combine(x, dy, dx, g, c0, c1, origin, dy_weight, x_weight, constant);
+    }
+    for (int64_t c = 0; c < width; c++) parameter_gradients(p, c0 + c, all[c], normalized[c]);
+  });
+}
+
+template <class S, class Take>
+void sums_whole(const View& v, const typename S::Stored* x, const typename S::Stored* dy,
+                const typename S::Value* origin, bool serial, Take&& take) {
+  Rows<S> rows{v};
+  int64_t pieces = rows.pieces(serial), wide = (rows.wide() + 15) / 16 * 16;
+  Carver carver(Slot::task, pieces * wide * 16);
+  // This runs in no task itself, so the memory of a task is free on this thread, but not from here on in one.
+  double *sums = carver.take<double>(pieces * wide), *centered = carver.take<double>(pieces * wide);
+  run_tasks(pieces, serial, [&](int64_t j) {
+    rows.sums(x, dy, 0, rows.begin(j, pieces), rows.begin(j + 1, pieces), origin, sums + j * wide,
+              centered + j * wide);
+  });
+  for (int64_t c = 0; c < v.features; c++) {
+    double s = 0, t = 0;
+    for (int64_t j = 0; j < pieces; j++) s += sums[j * wide + c], t += centered[j * wide + c];
+    take(c, s, t);
+  }
+}
+
+template <class S>
+void backward_rows_whole(const Backward& p) {
+  using Value = typename S::Value;
+  const View& v = p.view;
+  const auto *x = static_cast<const typename S::Stored*>(p.x), *dy = static_cast<const typename S::Stored*>(p.dy);
+  auto* dx = static_cast<typename S::Stored*>(p.dx);
+  bool serial = v.size() < SERIAL;
+  Rows<S> rows{v};
+  int64_t wide = rows.wide();
+  Carver carver(Slot::call, 4 * (wide * 8 + 64));
+  Value *origin = carver.take<Value>(wide), *dy_weight = carver.take<Value>(wide);
+  Value *x_weight = carver.take<Value>(wide), *constant = carver.take<Value>(wide);
+  for (int64_t c = 0; c < v.features; c++) origin[c] = origin_of<Value>(p.mean, c);
+  rows.spread(origin);
+  sums_whole<S>(v, x, dy, origin, serial, [&](int64_t c, double sum, double centered) {
+    double inverse = combination<Value>(p, 0, c, sum, centered, dy_weight + c, x_weight + c, constant + c);
+    parameter_gradients(p, c, sum, centered * inverse);
+  });
+  rows.spread(dy_weight);
+  rows.spread(x_weight);
+  rows.spread(constant);
+  int64_t pieces = rows.pieces(serial);
+  run_tasks(pieces, serial, [&](int64_t task) {
+    int64_t j = pieces - 1 - task;
+    rows.combine(x, dy, dx, 0, rows.begin(j, pieces), rows.begin(j + 1, pieces), origin, dy_weight, x_weight, constant);
+  });
+}
+
+template <class S>
+void backward_rows_groups(const Backward& p) {
+  using Value = typename S::Value;
+  const View& v = p.view;
+  const auto *x = static_cast<const typename S::Stored*>(p.x), *dy = static_cast<const typename S::Stored*>(p.dy);
+  auto* dx = static_cast<typename S::Stored*>(p.dx);
+  bool serial = v.size() < SERIAL;
+  Rows<S> rows{v};
+  int64_t n = rows.group_rows(), f = v.features;
+  GroupBlocks blocks(v, serial);
+  Carver call(Slot::call, 2 * (blocks.tasks * f * 8 + 64));
+  double *all = call.take<double>(blocks.tasks * f), *normalized = call.take<double>(blocks.tasks * f);
+  run_tasks(blocks.tasks, serial, [&](int64_t task) {
+    Carver carver(Slot::task, 6 * (f * 8 + 64));
+    double *sum = carver.take<double>(f), *centered = carver.take<double>(f);
+    Value *origin = carver.take<Value>(f), *dy_weight = carver.take<Value>(f);
+    Value *x_weight = carver.take<Value>(f), *constant = carver.take<Value>(f);
+    double *own_all = all + task * f, *own_normalized = normalized + task * f;
+    for (int64_t c = 0; c < f; c++) own_all[c] = own_normalized[c] = 0;
+    for (int64_t g = task * blocks.size; g < least(v.groups, (task + 1) * blocks.size); g++) {
+      for (int64_t c = 0; c < f; c++) origin[c] = origin_of<Value>(p.mean, g * f + c);
+      rows.sums(x, dy, g, 0, n, origin, sum, centered);
+      for (int64_t c = 0; c < f; c++) {
+        double inverse = combination<Value>(p, g, c, sum[c], centered[c], dy_weight + c, x_weight + c, constant + c);
+        own_all[c] += sum[c];
+        own_normalized[c] += centered[c] * inverse;
+      }
+      rows.combine(x, dy, dx, g, 0, n, origin, dy_weight, x_weight, constant);
+    }
+  });
+  for (int64_t c = 0; c < f; c++) {
+    double s = 0, t = 0;
+    for (int64_t task = 0; task < blocks.tasks; task++) s += all[task * f + c], t += normalized[task * f + c];
+    parameter_gradients(p, c, s, t);
+  }
+}
+
+template <class S>
+void backward(const Backward& p) {
+  if (p.view.inner > 1) return backward_inner<S>(p);
+  if (p.view.groups == 1) return backward_rows_whole<S>(p);
+  backward_rows_groups<S>(p);
+}
+
+// ---- The passes by themselves. `body(group, c0, c1)` works on features [c0, c1) with features in the middle.
+
+template <class S, class Body>
+void by_features(const View& v, int64_t arrays, Body&& body) {
+  bool serial = v.size() < SERIAL;
+  int64_t block = Inner<S>{v}.block(arrays, false, serial);
+  run_tasks(ceil_div(v.features, block), serial, [&](int64_t task) {
+    for (int64_t g = 0; g < v.groups; g++) body(g, task * block, least(v.features, (task + 1) * block));
+  });
+}
+
+// `body(group, begin, end)` works on rows [begin, end) of a group with features last.
+template <class S, class Body>
+void by_rows(const View& v, Body&& body) {
+  bool serial = v.size() < SERIAL;
+  Rows<S> rows{v};
+  if (v.groups == 1) {
+    int64_t pieces = rows.pieces(serial);
+    run_tasks(pieces, serial, [&](int64_t j) { body(0, rows.begin(j, pieces), rows.begin(j + 1, pieces)); });
+    return;
+  }
+  GroupBlocks blocks(v, serial);
+  run_tasks(blocks.tasks, serial, [&](int64_t task) {
+    for (int64_t g = task * blocks.size; g < least(v.groups, (task + 1) * blocks.size); g++)
+      body(g, 0, rows.group_rows());
+  });
+}
+
+template <class S>
+void moments(const Moments& p) {
+  using Value = typename S::Value;
+  const View& v = p.view;
+  const auto* x = static_cast<const typename S::Stored*>(p.x);
+  auto put = [&](int64_t g, int64_t c, double mean, double variance) {
+    p.mean.set(g * v.features + c, mean);
+    p.variance.set(g * v.features + c, variance < 0 ? 0 : variance);
+  };
+  if (v.inner > 1) {
+    by_features<S>(v, 1, [&](int64_t g, int64_t c0, int64_t c1) {
+      Carver carver(Slot::task, 3 * ((c1 - c0) * 8 + 64));
+      double *mean = carver.take<double>(c1 - c0), *variance = carver.take<double>(c1 - c0);
+      Inner<S>{v, carver.take<double>(c1 - c0)}.moments(x, g, c0, c1, mean, variance);
+      for (int64_t c = c0; c < c1; c++) put(g, c, mean[c - c0], variance[c - c0]);
+    });
+  } else if (v.groups == 1) {
+    moments_whole<S>(v, x, v.size() < SERIAL, [&](int64_t c, double mean, double variance) { put(0, c, mean, variance); });
+  } else {
+    by_rows<S>(v, [&](int64_t g, int64_t begin, int64_t end) {
+      Carver carver(Slot::task, 3 * (v.features * 8 + 64));
+      double *sum = carver.take<double>(v.features), *squares = carver.take<double>(v.features);
+      Value* origin = carver.take<Value>(v.features);
+      Rows<S>{v}.moments(x, g, begin, end, origin, sum, squares);
+      double n = static_cast<double>(most<int64_t>(end - begin, 1));
+      for (int64_t c = 0; c < v.features; c++)
+        put(g, c, static_cast<double>(origin[c]) + sum[c] / n, squares[c] / n - sum[c] / n * (sum[c] / n));
+    });
+  }
+}
+
+// Coefficients of one group in the type of the arithmetic, repeated over a wide row.
+template <class S, int N>
+struct Prepared {
+  typename S::Value* values[N];
+  Prepared(const View& v, const Values* const (&given)[N], int64_t group, int64_t c0, int64_t c1, int64_t wide) {
+    Carver carver(Slot::task, N * (wide * 8 + 64));
+    for (int k = 0; k < N; k++) {
+      values[k] = carver.take<typename S::Value>(wide);
+      for (int64_t c = c0; c < c1; c++)
+        values[k][c - c0] =
+            given[k] ? static_cast<typename S::Value>(given[k]->get(group * v.features + c)) : typename S::Value(0);
+      if (wide > c1 - c0) Rows<S>{v}.spread(values[k]);
+    }
+  }
+};
+
+template <class S>
+void scale_shift(const ScaleShift& p) {
+  const View& v = p.view;
+  const auto* x = static_cast<const typename S::Stored*>(p.x);
+  auto* y = static_cast<typename S::Stored*>(p.y);
+  const Values* const given[3] = {nullptr, &p.scale, &p.shift};
+  if (v.inner > 1)
+    by_features<S>(v, 1, [&](int64_t g, int64_t c0, int64_t c1) {
+      Prepared<S, 3> by(v, given, g, c0, c1, c1 - c0);
+      Inner<S>{v}.scale(x, y, g, c0, c1, by.values[0], by.values[1], by.values[2]);
+    });
+  else
+    by_rows<S>(v, [&](int64_t g, int64_t begin, int64_t end) {
+      Prepared<S, 3> by(v, given, g, 0, v.features, Rows<S>{v}.wide());
+      Rows<S>{v}.scale(x, y, g, begin, end, by.values[0], by.values[1], by.values[2]);
+    });
+}
+
+template <class S>
+void gradient_sums(const GradientSums& p) {
+  const View& v = p.view;
+  const auto *x = static_cast<const typename S::Stored*>(p.x), *dy = static_cast<const typename S::Stored*>(p.dy);
+  const Values* const given[1] = {&p.mean};
+  auto put = [&](int64_t g, int64_t c, double sum, double centered) {
+    p.dy_sum.set(g * v.features + c, sum);
+    p.dy_centered_sum.set(g * v.features + c, centered);
+  };
+  if (v.inner > 1) {
+    by_features<S>(v, 2, [&](int64_t g, int64_t c0, int64_t c1) {
+      int64_t width = c1 - c0;
+      Carver call(Slot::call, 3 * (width * 8 + 64));
+      double *sum = call.take<double>(width), *centered = call.take<double>(width);
+      Prepared<S, 1> by(v, given, g, c0, c1, width);
+      Inner<S>{v}.sums(x, dy, g, c0, c1, by.values[0], sum, centered);
+      for (int64_t c = 0; c < width; c++) put(g, c0 + c, sum[c], centered[c]);
+    });
+  } else if (v.groups == 1) {
+    int64_t wide = Rows<S>{v}.wide();
+    Carver call(Slot::call, wide * 8 + 64);
+    auto* origin = call.take<typename S::Value>(wide);
+    for (int64_t c = 0; c < v.features; c++) origin[c] = origin_of<typename S::Value>(p.mean, c);
+    Rows<S>{v}.spread(origin);
+    sums_whole<S>(v, x, dy, origin, v.size() < SERIAL,
+                  [&](int64_t c, double sum, double centered) { put(0, c, sum, centered); });
+  } else {
+    by_rows<S>(v, [&](int64_t g, int64_t begin, int64_t end) {
+      Carver call(Slot::call, 2 * (v.features * 8 + 64));
+      double *sum = call.take<double>(v.features), *centered = call.take<double>(v.features);
+      Prepared<S, 1> by(v, given, g, 0, v.features, v.features);
+      Rows<S>{v}.sums(x, dy, g, begin, end, by.values[0], sum, centered);
+      for (int64_t c = 0; c < v.features; c++) put(g, c, sum[c], centered[c]);
+    });
+  }
+}
+
+template <class S>
+void gradient_combine(const GradientCombine& p) {
+  const View& v = p.view;
+  const auto *x = static_cast<const typename S::Stored*>(p.x), *dy = static_cast<const typename S::Stored*>(p.dy);
+  auto* dx = static_cast<typename S::Stored*>(p.dx);
+  const Values* const given[4] = {nullptr, &p.dy_weight, &p.x_weight, &p.constant};
+  if (v.inner > 1)
+    by_features<S>(v, 2, [&](int64_t g, int64_t c0, int64_t c1) {
+      Prepared<S, 4> by(v, given, g, c0, c1, c1 - c0);
+      Inner<S>{v}.combine(x, dy, dx, g, c0, c1, by.values[0], by.values[1], by.values[2], by.values[3]);
+    });
+  else
+    by_rows<S>(v, [&](int64_t g, int64_t begin, int64_t end) {
+      Prepared<S, 4> by(v, given, g, 0, v.features, Rows<S>{v}.wide());
+      Rows<S>{v}.combine(x, dy, dx, g, begin, end, by.values[0], by.values[1], by.values[2], by.values[3]);
+    });
+}
+
+template <class P, void (*f32)(const P&), void (*f64)(const P&), void (*f16)(const P&), void (*bf16)(const P&)>
+void by_type(const P& p) {
+  switch (p.type) {
+    case Type::float32: return f32(p);
+    case Type::float64: return f64(p);
+    case Type::float16: return f16(p);
+    case Type::bfloat16: return bf16(p);
+  }
+}
+
+}  // namespace
+
+#define NAME_(isa) kernels_##isa
+#define NAME(isa) NAME_(isa)
+#define TEXT_(isa) #isa
+#define TEXT(isa) TEXT_(isa)
+
+#define EVERY_TYPE(operation) operation<Float32>, operation<Float64>, operation<Float16>, operation<BFloat16>
+
+extern const Kernels NAME(BATCHNORM_ISA);
+const Kernels NAME(BATCHNORM_ISA) = {
+    TEXT(BATCHNORM_ISA),
+    by_type<Forward, EVERY_TYPE(forward)>,
+    by_type<Backward, EVERY_TYPE(backward)>,
+    by_type<Moments, EVERY_TYPE(moments)>,
+    by_type<ScaleShift, EVERY_TYPE(scale_shift)>,
+    by_type<GradientSums, EVERY_TYPE(gradient_sums)>,
+    by_type<GradientCombine, EVERY_TYPE(gradient_combine)>,
+};
+
+}  // namespace batchnorm

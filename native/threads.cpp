@@ -1,0 +1,173 @@
+#include "threads.hpp"
+
+#include <pthread.h>
+#include <unistd.h>
+
+#include <atomic>
+#include <condition_variable>
+#include <cstdlib>
+#include <memory>
+#include <mutex>
+#include <new>
+#include <thread>
+#include <vector>
+
+namespace batchnorm {
+namespace {
+
+int default_threads() {
+  if (const char* asked = std::getenv("OMP_NUM_THREADS")) {
+    int threads = std::atoi(asked);  // of a list for nested levels, the first
+    if (threads > 0) return threads;
+  }
+  unsigned found = std::thread::hardware_concurrency();
+  return found ? static_cast<int>(found) : 1;
+}
+
+std::atomic<int> wanted{0};
+
+void pause() {
+#if defined(__x86_64__) || defined(__i386__)
+  __builtin_ia32_pause();
+#endif
+}
+
+class Pool {
+ public:
+  explicit Pool(int workers) {
+    for (int i = 0; i < workers; i++) threads_.emplace_back([this] { work(); });
+  }
+
+  ~Pool() {
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      stopping_ = true;
+      generation_.fetch_add(1);
+    }
+    wake_.notify_all();
+    for (auto& thread : threads_) thread.join();
+  }
+
+  void run(int64_t tasks, void (*task)(void*, int64_t), void* context) {
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      task_ = task;
+      context_ = context;
+      tasks_ = tasks;
+      next_.store(0);
+      generation_.fetch_add(1);
+    }
+    wake_.notify_all();
+    drain(task, context, tasks);
+    std::unique_lock<std::mutex> lock(mutex_);
+    task_ = nullptr;  // a worker that wakes only now has nothing to join
+    done_.wait(lock, [this] { return joined_ == 0; });
+  }
+
+ private:
+  void drain(void (*task)(void*, int64_t), void* context, int64_t tasks) {
+    for (int64_t i; (i = next_.fetch_add(1)) < tasks;) task(context, i);
+  }
+
+  void work() {
+    uint64_t seen = 0;
+    for (;;) {
+      // A call has several phases, so the next one is likely to come within microseconds.
+      for (int spin = 0; spin < 2000 && generation_.load() == seen; spin++) pause();
+      std::unique_lock<std::mutex> lock(mutex_);
+      wake_.wait(lock, [&] { return generation_.load() != seen; });
+      seen = generation_.load();
+      if (stopping_) return;
+      if (task_ == nullptr) continue;
+      auto task = task_;
+      auto context = context_;
+      auto tasks = tasks_;
+      joined_++;
+      lock.unlock();
+      drain(task, context, tasks);
+      lock.lock();
+      if (--joined_ == 0) done_.notify_one();
+    }
+  }
+
+  std::mutex mutex_;
+  std::condition_variable wake_, done_;
+  std::vector<std::thread> threads_;
+  std::atomic<int64_t> next_{0};
+  std::atomic<uint64_t> generation_{0};
+  void (*task_)(void*, int64_t) = nullptr;
+  void* context_ = nullptr;
+  int64_t tasks_ = 0;
+  int joined_ = 0;
+  bool stopping_ = false;
+};
+
+// Held by the one caller that has the pool; others run their tasks themselves rather than wait.
+std::mutex& pool_mutex() {
+  static std::mutex* mutex = new std::mutex;
+  return *mutex;
+}
+Pool* pool = nullptr;  // never destroyed at exit, when other threads may still compute
+int pool_workers = 0;
+
+void forget_pool_in_child() {  // a forked process has no threads but its own
+  pool = nullptr;
+  pool_workers = 0;
+  new (&pool_mutex()) std::mutex;
+}
+
+}  // namespace
+
+int num_threads() {
+  int threads = wanted.load(std::memory_order_relaxed);
+  if (threads == 0) {
+    threads = default_threads();
+    int expected = 0;
+    if (!wanted.compare_exchange_strong(expected, threads)) threads = expected;
+  }
+  return threads;
+}
+
+void set_num_threads(int threads) { wanted.store(threads < 1 ? 1 : threads, std::memory_order_relaxed); }
+
+void parallel(int64_t tasks, void (*task)(void*, int64_t), void* context) {
+  int threads = num_threads();
+  if (tasks > 1 && threads > 1) {
+    std::unique_lock<std::mutex> mine(pool_mutex(), std::try_to_lock);
+    if (mine) {
+      if (pool == nullptr || pool_workers != threads - 1) {
+        static std::once_flag watched;
+        std::call_once(watched, [] { pthread_atfork(nullptr, nullptr, forget_pool_in_child); });
+        delete pool;
+        pool = nullptr;
+        pool_workers = threads - 1;
+        pool = new Pool(pool_workers);
+      }
+      pool->run(tasks, task, context);
+      return;
+    }
+  }
+  for (int64_t i = 0; i < tasks; i++) task(context, i);
+}
+
+void* scratch(Slot slot, int64_t bytes) {
+  struct Buffer {
+    void* data = nullptr;
+    int64_t size = 0;
+    ~Buffer() { std::free(data); }
+  };
+  thread_local Buffer buffers[2];
+  Buffer& buffer = buffers[static_cast<int>(slot)];
+  if (bytes > buffer.size) {
+    std::free(buffer.data);
+    buffer.size = (bytes + 4095) / 4096 * 4096;
+    buffer.data = std::aligned_alloc(64, static_cast<size_t>(buffer.size));
+    if (buffer.data == nullptr) {
+      buffer.size = 0;
+      throw std::bad_alloc();
+    }
+  }
+  return buffer.data;
+}
+
+}  // namespace batchnorm

@@ -66,6 +66,7 @@ class Case:
     seed: int
     mean: float
     spread: float
+    fused: bool | None
 
     @property
     def kept(self) -> str:
@@ -96,7 +97,12 @@ class Case:
             f"{name}_initializer": value.reshape(shape) for name, value in self.initial().items()
         }
         return BatchNormalization(
-            center=self.center, scale=self.scale, renorm_clipping=self.clipping, **initializers, **self.options
+            center=self.center,
+            scale=self.scale,
+            renorm_clipping=self.clipping,
+            fused=self.fused,
+            **initializers,
+            **self.options,
         )
 
     def _oracle_options(self) -> dict[str, Any]:
@@ -167,6 +173,7 @@ def cases(
         draw(st.integers(0, 2**16)),
         draw(st.sampled_from([0.0, -3.0, 3.0])),
         draw(st.sampled_from([0.0, 0.5, 2.0])),
+        draw(st.sampled_from([None, False])),
     )
 
 
@@ -706,11 +713,48 @@ def test_without_trainable_a_layer_still_normalizes_by_the_batch_and_keeps_its_s
         same_state(layer, oracle, len(shape), case.kept)
 
 
-def test_fused_makes_no_difference_here() -> None:
+@pytest.mark.parametrize("training", [False, True])
+def test_fused_says_which_kernel_serves(training: bool) -> None:
     x = np.random.default_rng(0).normal(size=(4, 2, 2, 3)).astype(np.float32)
-    outputs = [BatchNormalization(fused=fused)(x, training=True).tobytes() for fused in (None, True, False)]
-    assert len(set(outputs)) == 1
-    assert BatchNormalization().kernel == "composed"
+    served: dict[bool | None, str | None] = {}
+    for fused in (None, True, False):
+        layer = BatchNormalization(fused=fused)
+        assert layer.kernel is None
+        layer(x, training=training)
+        served[fused] = layer.kernel
+    assert served == {None: "native", True: "native", False: "composed"}
+
+
+@pytest.mark.parametrize(
+    ("options", "kernel"),
+    [
+        ({"axis": [1, 2]}, "native"),
+        ({"axis": [1, 3]}, "composed"),
+        ({"axis": 1, "renorm": True, "virtual_batch_size": 2}, "native"),
+        ({"adjustment": lambda shape: (np.ones(3), 0.5)}, "native"),
+        ({"adjustment": lambda shape: (np.ones((4, 1, 1, 1)), 0.5)}, "composed"),
+    ],
+    ids=str,
+)
+def test_the_native_kernels_serve_whatever_is_one_map_per_feature_over_adjacent_axes(
+    options: dict[str, Any], kernel: str
+) -> None:
+    layer = BatchNormalization(**options)
+    layer(np.random.default_rng(0).normal(size=(4, 2, 5, 3)), training=True)
+    assert layer.kernel == kernel
+
+
+@pytest.mark.parametrize("axis", [-1, 1])
+def test_any_memory_layout_gives_the_same(axis: int) -> None:
+    x = np.random.default_rng(0).normal(size=(6, 5, 4, 7)).astype(np.float32)
+    expected = BatchNormalization(axis=axis)(x, training=True)
+    unaligned = np.frombuffer(b"\0" + x.tobytes(), np.uint8)[1:].view(np.float32).reshape(x.shape)
+    read_only = x.copy()
+    read_only.flags.writeable = False
+    strided = np.repeat(x, 2, axis=2)[:, :, ::2]
+    for other in (unaligned, read_only, strided, np.asfortranarray(x), x.astype(">f4")):
+        y = BatchNormalization(axis=axis)(other, training=True)
+        np.testing.assert_allclose(y.astype(np.float32), expected, rtol=0, atol=1e-6)
 
 
 # Saving and loading

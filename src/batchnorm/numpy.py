@@ -17,17 +17,19 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from . import native
 from .core import algebra, geometry, kernels, state
 from .core.algebra import Correction, Moments
-from .core.geometry import Geometry
+from .core.geometry import Canonical, Geometry
 from .core.options import Clipping, Options, flag, received
 
 __all__ = ["BatchNormalization", "Gradients"]
 
 Array = npt.NDArray[Any]
 Initializer = Callable[[tuple[int, ...], Any], npt.ArrayLike] | npt.ArrayLike | str
+Pair = tuple[Array, Array]
 Wide = np.float64
-"""All arithmetic is in float64, whatever is stored: this layer is what the others are measured against."""
+"""The arithmetic of the composed path, whatever is stored: it is what everything else is measured against."""
 
 
 class Gradients(NamedTuple):
@@ -36,7 +38,15 @@ class Gradients(NamedTuple):
     inputs: Array
     gamma: Array | None
     beta: Array | None
-    adjustment: tuple[Array, Array] | None
+    adjustment: Pair | None
+
+
+class _View(NamedTuple):
+    """How inputs of a shape and type are taken, in training or in inference; worked out once."""
+
+    split: tuple[int, ...]
+    canonical: Canonical | None
+    kernel: str
 
 
 class BatchNormalization:
@@ -63,7 +73,8 @@ class BatchNormalization:
         renorm: Whether to use batch renormalization.
         renorm_clipping: Dictionary with any of 'rmin', 'rmax' and 'dmax'.
         renorm_momentum: Weight of the old value in the averages of renorm.
-        fused: Accepted for likeness; there is one kernel here, the reference.
+        fused: None or True for the native kernels where they can serve, False for the composed path, which computes
+            in float64 whatever the type, and is what everything else is tested against.
         trainable: Whether training updates the moving statistics.
         virtual_batch_size: Samples in each virtual batch; sample i is in virtual batch i mod (N / size).
         adjustment: Function of the input's shape to a pair (scale, bias), applied in training.
@@ -144,6 +155,9 @@ class BatchNormalization:
         self.dtype = None if dtype is None else _floating("dtype", np.dtype(dtype))
         self.variables: dict[str, Array] = {}
         self._geometry: Geometry | None = None
+        self._views: dict[tuple[tuple[int, ...], np.dtype[Any], bool], _View] = {}
+        self.kernel: str | None = None
+        """Name of what served the last call: ``"native"`` or ``"composed"``."""
 
     @property
     def gamma(self) -> Array | None:
@@ -164,11 +178,6 @@ class BatchNormalization:
     def moving_variance(self) -> Array:
         """Variance for inference."""
         return self.variables["moving_variance"]
-
-    @property
-    def kernel(self) -> str:
-        """The kernel that serves: here always the reference, ``"composed"``."""
-        return kernels.COMPOSED
 
     @property
     def losses(self) -> list[Any]:
@@ -257,24 +266,38 @@ class BatchNormalization:
         array([1.])
         """
         x = np.asarray(inputs)
-        _floating("inputs", x.dtype)
-        # Whatever can be wrong is found before a variable is made.
-        plan = self._geometry or geometry.plan(x.shape, self._axis, self.options.virtual_batch_size)
-        plan.check_input(x.shape)
-        if not training:
-            self._ensure_built(x)
-            return self._infer(x)
-        view = x.reshape(plan.split(x.shape)).astype(Wide)
-        adjustment = self._adjust(x.shape)
-        self._ensure_built(x)
-        return self._train(x, view, adjustment)
-
-    def _ensure_built(self, x: Array) -> None:
+        key = x.shape, x.dtype, bool(training)
+        view, plan = self._views.get(key), self._geometry
+        if (
+            view is None or plan is None
+        ):  # of these inputs for the first time; whatever can be wrong is found before a variable is made
+            _floating("inputs", x.dtype)
+            plan = plan or geometry.plan(x.shape, self._axis, self.options.virtual_batch_size)
+            plan.check_input(x.shape)
+            split = plan.split(x.shape) if training else x.shape
+            canonical = plan.canonical(x.shape) if x.size and _native_type(x.dtype) else None
+            if canonical is not None and not training:  # virtual batches are no concern of inference
+                canonical = canonical._replace(groups=1, span=1)
+            serves = native.library is not None and canonical is not None
+            view = _View(split, canonical, kernels.select(self.options.fused, {native.KERNEL: serves}))
+        adjustment = by_feature = None
+        self.kernel = view.kernel
+        if training and self.options.adjustment is not None:
+            adjustment = self._adjust(x.shape)
+            by_feature = _by_feature(adjustment, plan)
+            if by_feature is None:
+                self.kernel = kernels.COMPOSED
         if self._geometry is None:
             self.build(x.shape, x.dtype)
+        self._views[key] = view
+        if not training:
+            return self._infer(x, view.canonical if self.kernel == native.KERNEL else None)
+        if self.kernel == native.KERNEL and view.canonical is not None:
+            return self._train_native(x, view.canonical, adjustment, by_feature)
+        return self._train(x, x.reshape(view.split).astype(Wide), adjustment)
 
     def _train(
-        self, x: Array, view: Array, adjustment: tuple[Array, Array] | None
+        self, x: Array, view: Array, adjustment: Pair | None
     ) -> tuple[Array, Callable[[npt.ArrayLike], Gradients]]:
         options, plan = self.options, self._plan
         axes = plan.reduced_axes
@@ -287,7 +310,7 @@ class BatchNormalization:
         )
         y = kernels.scale_shift(view, affine).reshape(x.shape).astype(x.dtype)
         if self.trainable and x.size:
-            self._update(averaged)
+            self._update(Moments(*(moment.reshape(plan.parameter_shape) for moment in averaged)))
         gradient = functools.partial(self._train_gradient, x.shape, x.dtype, view, moments, renorm, adjustment, gamma)
         return y, gradient
 
@@ -298,7 +321,7 @@ class BatchNormalization:
         view: Array,
         moments: Moments,
         renorm: Correction | None,
-        adjustment: tuple[Array, Array] | None,
+        adjustment: Pair | None,
         gamma: Array | None,
         dy: npt.ArrayLike,
     ) -> Gradients:
@@ -323,38 +346,98 @@ class BatchNormalization:
             else (_sum_to(upstream * g * corrected, adjustment[0].shape), _sum_to(upstream * g, adjustment[1].shape)),
         )
 
-    def _infer(self, x: Array) -> tuple[Array, Callable[[npt.ArrayLike], Gradients]]:
-        plan, epsilon = self._plan, self.options.epsilon
-        shape = plan.input_shape
-        mean, variance = (
-            self.variables[name].astype(Wide).reshape(shape) for name in ("moving_mean", "moving_variance")
-        )
-        moments = Moments(mean, variance)
-        gamma, beta = self._parameter("gamma", shape), self._parameter("beta", shape)
-        affine = algebra.affine(np, moments, epsilon, gamma=gamma, beta=beta)
-        wide = x.astype(Wide)
-        y = kernels.scale_shift(wide, affine).astype(x.dtype)
+    def _train_native(
+        self, x: Array, view: Canonical, adjustment: Pair | None, by_feature: Pair | None
+    ) -> tuple[Array, Callable[[npt.ArrayLike], Gradients]]:
+        assert native.library is not None
+        options, variables = self.options, self.variables
+        raw = _raw(x)
+        kept = Wide if x.dtype == Wide else np.float32
+        y = np.empty_like(raw)
+        one = self._plan.parameter_shape
+        shape = one if view.groups == 1 else (view.groups, view.features)
+        mean, variance = np.empty(shape, kept), np.empty(shape, kept)
+        a, b = by_feature or (None, None)
+        limits = options.renorm_clipping
+        r, d = (np.empty(view.features, kept), np.empty(view.features, kept)) if options.renorm else (None, None)
+        native.library.forward(
+            *view, raw, y, options.epsilon, variables.get("gamma"), variables.get("beta"), a, b,
+            variables.get("renorm_mean"), variables.get("renorm_stddev"),
+            -np.inf if limits.rmin is None else limits.rmin,
+            np.inf if limits.rmax is None else limits.rmax,
+            np.inf if limits.dmax is None else limits.dmax,
+            mean, variance, r, d,
+        )  # fmt: skip
+        gamma = variables.get("gamma")
+        if self.trainable:
+            if view.groups == 1:
+                self._update(Moments(mean, variance))
+            else:
+                self._update(Moments(mean.mean(axis=0).reshape(one), variance.mean(axis=0).reshape(one)))
 
         def gradient(dy: npt.ArrayLike) -> Gradients:
-            upstream = np.asarray(dy, Wide).reshape(x.shape)
-            normalized = (wide - mean) / algebra.stddev(np, moments.variance, epsilon)
-            return Gradients(
-                (upstream * affine.scale).astype(x.dtype),
-                self._sum_to_parameter("gamma", upstream * normalized),
-                self._sum_to_parameter("beta", upstream),
-                None,
+            assert native.library is not None
+            upstream = _raw(np.asarray(dy, x.dtype).reshape(x.shape))
+            dx = np.empty_like(raw)
+            dgamma, dbeta = (
+                np.empty_like(variables[name]) if name in variables else None for name in ("gamma", "beta")
             )
+            da, db = (None, None) if by_feature is None else (np.empty(view.features, kept) for _ in range(2))
+            native.library.backward(
+                *view, raw, upstream, dx, options.epsilon, mean, variance, gamma, r, d, a, b, dgamma, dbeta, da, db
+            )
+            dadjustment = None
+            if adjustment is not None and da is not None and db is not None:
+                shape = self._plan.input_shape
+                dadjustment = (
+                    _sum_to(da.reshape(shape), adjustment[0].shape),
+                    _sum_to(db.reshape(shape), adjustment[1].shape),
+                )
+            return Gradients(dx.view(x.dtype), dgamma, dbeta, dadjustment)
 
-        return y, gradient
+        return y.view(x.dtype), gradient
+
+    def _infer(self, x: Array, view: Canonical | None) -> tuple[Array, Callable[[npt.ArrayLike], Gradients]]:
+        epsilon, variables = self.options.epsilon, self.variables
+        gamma, beta = variables.get("gamma"), variables.get("beta")
+        if view is not None:
+            assert native.library is not None
+            moments = Moments(variables["moving_mean"], variables["moving_variance"])
+            affine = algebra.affine(np, moments, epsilon, gamma=gamma, beta=beta)
+            raw = _raw(x)
+            y = np.empty_like(raw)
+            native.library.scale_shift(*view, raw, y, *affine)
+            return y.view(x.dtype), functools.partial(self._infer_gradient, x, dict(variables))
+        mean, variance, gamma, beta = (
+            self._parameter(name, self._plan.input_shape)
+            for name in ("moving_mean", "moving_variance", "gamma", "beta")
+        )
+        affine = algebra.affine(np, Moments(mean, variance), epsilon, gamma=gamma, beta=beta)
+        y = kernels.scale_shift(x.astype(Wide), affine).astype(x.dtype)
+        return y, functools.partial(self._infer_gradient, x, dict(variables))
+
+    def _infer_gradient(self, x: Array, variables: dict[str, Array], dy: npt.ArrayLike) -> Gradients:
+        shape = self._plan.input_shape
+        mean, variance, gamma = (
+            variables[name].astype(Wide).reshape(shape) if name in variables else Wide(1)
+            for name in ("moving_mean", "moving_variance", "gamma")
+        )
+        inverse = 1 / algebra.stddev(np, variance, self.options.epsilon)
+        upstream = np.asarray(dy, Wide).reshape(x.shape)
+        return Gradients(
+            (upstream * inverse * gamma).astype(x.dtype),
+            self._sum_to_parameter("gamma", upstream * (x.astype(Wide) - mean) * inverse),
+            self._sum_to_parameter("beta", upstream),
+            None,
+        )
 
     def _correction(self, averaged: Moments) -> Correction:
         shape = self._plan.view_shape
         mean, stddev = (self.variables[name].astype(Wide).reshape(shape) for name in ("renorm_mean", "renorm_stddev"))
         return algebra.correction(np, averaged, mean, stddev, self.options.epsilon, self.options.renorm_clipping)
 
-    def _adjust(self, shape: tuple[int, ...]) -> tuple[Array, Array] | None:
-        if self.options.adjustment is None:
-            return None
+    def _adjust(self, shape: tuple[int, ...]) -> Pair:
+        assert self.options.adjustment is not None
         pair = self.options.adjustment(shape)
         if not isinstance(pair, (list, tuple)) or len(pair) != 2:
             raise ValueError(f"adjustment must return a pair (scale, bias); {received(pair)}.")
@@ -370,16 +453,16 @@ class BatchNormalization:
 
     def _update(self, averaged: Moments) -> None:
         options = self.options
-        moved = algebra.targets(
+        targets = algebra.targets(
             np, averaged, averaged.variance, options.epsilon, options.decay, options.renorm, options.renorm_decay
         )
-        for name, target in moved.items():
+        for name, target in targets.items():
             old = self.variables[name]
-            value = target.value.reshape(old.shape)
-            self.variables[name] = (old - algebra.decrement(old, value, target.decay)).astype(old.dtype)
+            moved = old - algebra.decrement(old, target.value, target.decay)
+            self.variables[name] = moved if moved.dtype == old.dtype else moved.astype(old.dtype)
         if options.renorm:
             variance = algebra.inference_variance(np, self.variables["moving_stddev"], options.epsilon)
-            self.variables["moving_variance"] = variance.astype(variance.dtype)
+            self.variables["moving_variance"] = variance
 
     def _initial(self, name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
         if name in ("moving_stddev", "renorm_stddev"):
@@ -423,6 +506,29 @@ def _floating(name: str, dtype: np.dtype[Any]) -> np.dtype[Any]:
     if not (np.issubdtype(dtype, np.floating) or dtype.name == "bfloat16"):
         raise TypeError(f"{name} must be of a floating-point type; received {dtype.name}.")
     return dtype
+
+
+@functools.cache
+def _native_type(dtype: np.dtype[Any]) -> bool:
+    return dtype.isnative and dtype.name in ("float16", "bfloat16", "float32", "float64")
+
+
+def _raw(x: Array) -> Array:
+    """Lay an array out for the native kernels, which know bfloat16 as unsigned integers."""
+    flags = x.flags
+    if not (flags.c_contiguous and flags.aligned):
+        x = np.require(x, requirements=["C", "A"])
+    return x if x.dtype.kind == "f" else x.view(np.uint16)
+
+
+def _by_feature(adjustment: Pair, plan: Geometry) -> Pair | None:
+    """An adjustment with one value for each feature, or None where it varies within a feature."""
+    for value in adjustment:
+        lead = plan.rank - value.ndim
+        if any(size != 1 and lead + axis not in plan.axes for axis, size in enumerate(value.shape)):
+            return None
+    scale, bias = (np.ascontiguousarray(np.broadcast_to(value, plan.input_shape)) for value in adjustment)
+    return scale, bias
 
 
 def _initializer(name: str, initializer: Initializer) -> Callable[[tuple[int, ...], Any], npt.ArrayLike]:

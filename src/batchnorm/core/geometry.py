@@ -4,10 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
-__all__ = ["Geometry", "plan"]
+__all__ = ["Canonical", "Geometry", "plan"]
+
+
+class Canonical(NamedTuple):
+    """An array as the native kernels see it: (rows, features, inner), row r in group (r // span) % groups."""
+
+    rows: int
+    groups: int
+    span: int
+    features: int
+    inner: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +38,7 @@ class Geometry:
     features: tuple[tuple[int, int], ...]
     virtual_batch_size: int | None
 
-    @property
+    @functools.cached_property
     def axes(self) -> tuple[int, ...]:
         """The feature axes of the input, ascending, none negative."""
         return tuple(axis for axis, _ in self.features)
@@ -86,6 +97,23 @@ class Geometry:
                 f"{shape[0]} samples and virtual_batch_size={size}."
             )
         return (size, shape[0] // size, *shape[1:])
+
+    def canonical(self, shape: Sequence[int]) -> Canonical | None:
+        """See an input of this shape as the native kernels do; None where feature axes lie apart.
+
+        >>> plan((32, 64, 56, 56), 1, None).canonical((32, 64, 56, 56))
+        Canonical(rows=32, groups=1, span=1, features=64, inner=3136)
+        >>> plan((32, 7, 7, 64), -1, 8).canonical((32, 7, 7, 64))
+        Canonical(rows=1568, groups=4, span=49, features=64, inner=1)
+        """
+        first, last = self.axes[0], self.axes[-1]
+        if any(shape[axis] != 1 for axis in range(first, last) if axis not in self.axes):
+            return None
+        before, after = math.prod(shape[:first]), math.prod(shape[last + 1 :])
+        features = math.prod(size for _, size in self.features)
+        if self.virtual_batch_size is None:
+            return Canonical(before, 1, 1, features, after)
+        return Canonical(before, shape[0] // self.virtual_batch_size, math.prod(shape[1:first]), features, after)
 
     def count(self, shape: Sequence[Any]) -> Any:
         """Count the values per group and feature in a view of this shape."""

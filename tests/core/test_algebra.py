@@ -62,6 +62,15 @@ def test_no_groups_have_averages_of_zero(xp: Arrays) -> None:
         near(xp, averaged, np.zeros((1, 1, 1, 2)))
 
 
+@pytest.mark.parametrize(("count", "factor"), [(1, 1.0), (2, 2.0), (3, 1.5), (101, 1.01)])
+def test_the_unbiased_variance_is_n_over_n_minus_1_times_the_biased_and_a_single_value_is_left(
+    xp: Arrays, count: int, factor: float
+) -> None:
+    variance = np.array([0.0, 1.0, 4.0])
+    near(xp, algebra.bessel(xp.namespace, xp.array(variance), count), variance * factor)
+    near(xp, algebra.bessel(xp.namespace, xp.array(variance), xp.array(float(count))), variance * factor)
+
+
 def test_a_whole_batch_has_nothing_to_average(xp: Arrays) -> None:
     moments = Moments(xp.array(drawn(3)), xp.array(positive(3)))
     assert algebra.average_groups(xp.namespace, moments, None, 1) is moments

@@ -20,6 +20,7 @@ __all__ = [
     "affine",
     "at_least_one",
     "average_groups",
+    "bessel",
     "combination",
     "correction",
     "decrement",
@@ -92,6 +93,11 @@ def average_groups(xp: Namespace, moments: Moments, group_axis: int | None, grou
         return moments
     groups = at_least_one(xp, groups)
     return Moments(*(xp.sum(moment, axis=group_axis, keepdims=True) / groups for moment in moments))
+
+
+def bessel(xp: Namespace, variance: Array, count: Any) -> Array:
+    """v·n/(n − 1), the unbiased variance of n values; v itself for a single one."""
+    return variance * (count / at_least_one(xp, count - 1))
 
 
 def correction(

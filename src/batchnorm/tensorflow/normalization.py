@@ -16,6 +16,7 @@ from batchnorm.core.geometry import Geometry
 from batchnorm.core.options import Clipping, Options, received
 
 from . import namespace as xp
+from . import native
 from .layer import InputSpec, Layer
 from .serialization import get, serialize
 
@@ -86,6 +87,8 @@ class BatchNormalization(Layer):
            [ 1.,  1.]], dtype=float32)
     >>> layer.moving_mean.numpy()
     array([ 1., 10.], dtype=float32)
+    >>> layer.kernel
+    'native'
     """
 
     def __init__(
@@ -140,6 +143,8 @@ class BatchNormalization(Layer):
             setattr(self, argument, get(argument, value))
         super().__init__(trainable=trainable, name=name, **kwargs)
         self._geometry: Geometry | None = None
+        self.kernel: str | None = None
+        """Name of what served the last call: ``"native"``, TensorFlow's ``"FusedBatchNormV3"``, or ``"composed"``."""
         self.gamma: Any = None
         self.beta: Any = None
         self.supports_masking = False
@@ -205,20 +210,6 @@ class BatchNormalization(Layer):
         return self._options.adjustment
 
     @property
-    def kernel(self) -> str:
-        """Name of the implementation that serves, known from the first call on: ``"composed"`` or a fused one's.
-
-        Raises:
-            ValueError: Before the layer is built.
-
-        >>> layer = BatchNormalization()
-        >>> y = layer(tf.zeros([2, 4, 4, 3]))
-        >>> layer.kernel
-        'FusedBatchNormV3'
-        """
-        return kernels.select(self._options.fused, {FUSED_OP: self._fusible})
-
-    @property
     def _plan(self) -> Geometry:
         if self._geometry is None:
             raise ValueError(f"layer {self.name} has not been built.")
@@ -226,14 +217,14 @@ class BatchNormalization(Layer):
 
     @property
     def _fusible(self) -> bool:
-        """Where the original could take its fused path: plain batches of rank 4 or 5 with features on axis 1 or last.
+        """Where the original took its fused path: plain batches of rank 4 or 5 with features on axis 1 or last.
 
-        The path shows: the moving variance is then the unbiased one, and epsilon has a floor. So the rule must stand,
-        whatever kernel serves.
+        The path shows: the moving variance is then the unbiased one. So the rule must stand, whatever kernel serves.
         """
         options, plan = self._options, self._plan
         return (
-            plan.rank in (4, 5)
+            options.fused is not False
+            and plan.rank in (4, 5)
             and plan.axes in ((1,), (plan.rank - 1,))
             and not options.renorm
             and options.virtual_batch_size is None
@@ -360,10 +351,17 @@ class BatchNormalization(Layer):
 
     def _train(self, x: Any, adjustment: tuple[Any, Any] | None) -> tuple[Any, Moments]:
         """Normalize by the batch; also return the moments that the averages move to, of the parameters' shape."""
-        if self.kernel == FUSED_OP:
-            y, moments = self._fused(x)
-            return y, moments
         options, plan = self._options, self._plan
+        shape = x.shape.as_list()
+        candidates = {
+            native.KERNEL: native.serves(plan, shape, self.compute_dtype, adjustment),
+            FUSED_OP: self._fusible,
+        }
+        self.kernel = kernels.select(options.fused, candidates)
+        if self.kernel == native.KERNEL:
+            return self._native(x, adjustment)
+        if self.kernel == FUSED_OP:
+            return self._fused(x)
         wide = tf.cast(x, self._wide)
         shape = plan.split(_dimensions(x, self._divisibility))
         view = wide if plan.group_axis is None else tf.reshape(wide, shape)
@@ -406,8 +404,32 @@ class BatchNormalization(Layer):
             averaged = Moments(*(tf.reshape(moment, plan.parameter_shape) for moment in averaged))
         return tf.cast(y, x.dtype), averaged
 
+    def _native(self, x: Any, adjustment: tuple[Any, Any] | None) -> tuple[Any, Moments]:
+        options, plan = self._options, self._plan
+        averages = None
+        if options.renorm:
+            # A copy, for the operation must see the averages of before this step even if it runs later.
+            averages = (tf.identity(self._read("renorm_mean")), tf.identity(self._read("renorm_stddev")))
+        y, moments = native.forward(
+            x,
+            plan,
+            options.epsilon,
+            gamma=self._read("gamma"),
+            beta=self._read("beta"),
+            adjustment=adjustment,
+            renorm=averages,
+            clipping=options.renorm_clipping,
+        )
+        y.set_shape(x.shape)
+        if self._fusible:
+            count = self._number(plan.count(_dimensions(x)))
+            moments = Moments(moments.mean, algebra.bessel(xp, moments.variance, count))
+        return y, moments
+
     def _infer(self, x: Any) -> Any:
+        """Normalize by the moving averages, with TensorFlow's own operations, so that exported models need no other."""
         plan = self._plan
+        self.kernel = kernels.select(self._options.fused, {FUSED_OP: self._fusible})
         if self.kernel == FUSED_OP:
             moving = Moments(self._read("moving_mean"), self._read("moving_variance"))
             return self._fused(x, moving)[0]
@@ -479,7 +501,7 @@ class BatchNormalization(Layer):
         pair = adjustment(tf.shape(x))
         if not isinstance(pair, (list, tuple)) or len(pair) != 2:
             raise ValueError(f"adjustment must return a pair (scale, bias); {received(pair)}.")
-        scale, bias = (tf.cast(value, self._wide) for value in pair)
+        scale, bias = (xp.astensor(value, self._wide) for value in pair)
         for value in (scale, bias):
             try:
                 fits = tf.broadcast_static_shape(value.shape, x.shape).is_compatible_with(x.shape)
@@ -686,7 +708,7 @@ def _dimensions(x: Any, check: Callable[[Any], Any] | None = None) -> tuple[Any,
 
 def _cast_clipping(clipping: Clipping, dtype: Any) -> Clipping:
     def cast(limit: Any) -> Any:
-        return limit if limit is None else tf.cast(limit, dtype)
+        return limit if limit is None else xp.astensor(limit, dtype)
 
     return Clipping(cast(clipping.rmin), cast(clipping.rmax), cast(clipping.dmax))
 

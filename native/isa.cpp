@@ -8,6 +8,7 @@ namespace {
 constexpr int64_t SERIAL = 1 << 15;       // values below which waking another thread takes longer than the work
 constexpr int64_t CACHE = 256 * 1024;     // bytes of a block that should stay in the second level of cache
 constexpr int64_t STRETCH = 4096;         // bytes that should be read side by side
+constexpr int64_t WIDE = 256;             // features up to which rows are joined
 
 template <class F>
 void run_tasks(int64_t tasks, bool serial, F&& task) {
@@ -130,20 +131,36 @@ struct Rows {
   const View& v;
 
   int64_t group_rows() const { return v.rows / v.groups; }
-  int64_t widening() const { return v.groups == 1 ? most<int64_t>(1, WAYS * W / v.features) : 1; }
+  // At most ROWS, so that one block takes the rows that are left.
+  int64_t widening() const {
+    if (v.groups > 1 || v.size() < SERIAL) return 1;
+    return most<int64_t>(1, least(ROWS, WIDE / v.features));
+  }
   int64_t wide() const { return v.features * widening(); }
 
-  // Calls body with pointers to up to ROWS wide rows of [begin, end), or narrow ones at the end.
+  // Calls body with pointers to up to ROWS rows at a time, `step` rows side by side seen as one.
   template <int ARRAYS, class Body>
-  void blocks(const Stored* const (&arrays)[ARRAYS], int64_t group, int64_t begin, int64_t end, Body&& body) const {
+  void block(const Stored* const (&arrays)[ARRAYS], int64_t group, int64_t begin, int64_t end, int64_t step,
+             Body&& body) const {
     const Stored* pointers[ARRAYS][ROWS];
-    int64_t w = widening();
-    for (int64_t i = begin; i < end;) {
-      int64_t step = end - i >= w ? w : 1, n = 0;
-      for (; n < ROWS && i + step <= end; n++, i += step)
-        for (int a = 0; a < ARRAYS; a++) pointers[a][n] = arrays[a] + row_of(v, group, i) * v.features;
-      body(pointers, n, v.features * step);
+    int64_t n = 0;
+    for (int64_t i = begin; i < end; i += step, n++)
+      for (int a = 0; a < ARRAYS; a++) pointers[a][n] = arrays[a] + row_of(v, group, i) * v.features;
+    if (n > 0) body(pointers, n, v.features * step);
+  }
+  // The same for all rows of [begin, end), as wide ones as far as that goes; backwards for a second pass, which then
+  // begins with what the cache still has.
+  template <int ARRAYS, class Body>
+  void blocks(const Stored* const (&arrays)[ARRAYS], int64_t group, int64_t begin, int64_t end, bool backwards,
+              Body&& body) const {
+    int64_t w = widening(), unit = ROWS * w, whole = begin + (end - begin) / w * w;
+    if (backwards) block<ARRAYS>(arrays, group, whole, end, 1, body);
+    int64_t count = ceil_div(whole - begin, unit);
+    for (int64_t k = 0; k < count; k++) {
+      int64_t at = begin + (backwards ? count - 1 - k : k) * unit;
+      block<ARRAYS>(arrays, group, at, least(at + unit, whole), w, body);
     }
+    if (!backwards) block<ARRAYS>(arrays, group, whole, end, 1, body);
   }
 
   void spread(Value* values) const {  // repeat by-feature values over a wide row
@@ -161,15 +178,15 @@ struct Rows {
                double* squares) const {
     zero(sum, wide());
     zero(squares, wide());
-    int64_t first = least(end, begin + ROWS);
+    int64_t first = least(end, begin + ABREAST);
     const Stored* const arrays[1] = {x};
-    blocks<1>(arrays, group, begin, first, [&](auto& p, int64_t n, int64_t f) { sum_rows<S>(p[0], n, f, sum); });
+    blocks<1>(arrays, group, begin, first, false, [&](auto& p, int64_t n, int64_t f) { sum_rows<S>(p[0], n, f, sum); });
     fold(sum);
     for (int64_t c = 0; c < v.features; c++)
       origin[c] = first > begin ? static_cast<Value>(sum[c] / static_cast<double>(first - begin)) : 0;
     spread(origin);
     zero(sum, wide());
-    blocks<1>(arrays, group, begin, end,
+    blocks<1>(arrays, group, begin, end, false,
               [&](auto& p, int64_t n, int64_t f) { moments_rows<S>(p[0], n, f, origin, sum, squares); });
     fold(sum);
     fold(squares);
@@ -178,7 +195,7 @@ struct Rows {
   void scale(const Stored* x, Stored* y, int64_t group, int64_t begin, int64_t end, const Value* origin,
              const Value* scale, const Value* shift) const {
     const Stored* const arrays[2] = {x, y};
-    blocks<2>(arrays, group, begin, end, [&](auto& p, int64_t n, int64_t f) {
+    blocks<2>(arrays, group, begin, end, true, [&](auto& p, int64_t n, int64_t f) {
       scale_rows<S>(p[0], const_cast<Stored**>(p[1]), n, f, origin, scale, shift);
     });
   }
@@ -188,7 +205,7 @@ struct Rows {
     zero(sum, wide());
     zero(centered, wide());
     const Stored* const arrays[2] = {x, dy};
-    blocks<2>(arrays, group, begin, end, [&](auto& p, int64_t n, int64_t f) {
+    blocks<2>(arrays, group, begin, end, false, [&](auto& p, int64_t n, int64_t f) {
       gradient_sums_rows<S>(p[0], p[1], n, f, origin, sum, centered);
     });
     fold(sum);
@@ -198,7 +215,7 @@ struct Rows {
   void combine(const Stored* x, const Stored* dy, Stored* dx, int64_t group, int64_t begin, int64_t end,
                const Value* origin, const Value* dy_weight, const Value* x_weight, const Value* constant) const {
     const Stored* const arrays[3] = {x, dy, dx};
-    blocks<3>(arrays, group, begin, end, [&](auto& p, int64_t n, int64_t f) {
+    blocks<3>(arrays, group, begin, end, true, [&](auto& p, int64_t n, int64_t f) {
       combine_rows<S>(p[0], p[1], const_cast<Stored**>(p[2]), n, f, origin, dy_weight, x_weight, constant);
     });
   }
@@ -322,34 +339,40 @@ void forward_inner(const Forward& p) {
   });
 }
 
-// Moments of a whole batch in pieces that go to several threads, put together in a fixed order.
+// Moments of a whole batch in pieces that go to several threads, put together in a fixed order. `take` gets them by
+// feature, on several threads too.
+template <class S>
+int64_t moments_whole_bytes(const View& v, bool serial) {
+  Rows<S> rows{v};
+  return 3 * (rows.pieces(serial) * (rows.wide() + 16) * 8 + 64);
+}
+
 template <class S, class Take>
-void moments_whole(const View& v, const typename S::Stored* x, bool serial, Take&& take) {
+void moments_whole(Carver& carver, const View& v, const typename S::Stored* x, bool serial, Take&& take) {
   using Value = typename S::Value;
   Rows<S> rows{v};
   int64_t pieces = rows.pieces(serial), wide = (rows.wide() + 15) / 16 * 16;
-  Carver carver(Slot::call, pieces * wide * 24);
   double *sums = carver.take<double>(pieces * wide), *squares = carver.take<double>(pieces * wide);
   Value* origins = carver.take<Value>(pieces * wide);
   run_tasks(pieces, serial, [&](int64_t j) {
     rows.moments(x, 0, rows.begin(j, pieces), rows.begin(j + 1, pieces), origins + j * wide, sums + j * wide,
                  squares + j * wide);
   });
-  constexpr int64_t FEATURES = 512;
-  run_tasks(ceil_div(v.features, FEATURES), serial, [&](int64_t task) {
+  constexpr int64_t FEATURES = 256;
+  double inverse = v.rows ? 1 / static_cast<double>(v.rows) : 0;
+  run_tasks(ceil_div(v.features, FEATURES), serial || v.features <= FEATURES, [&](int64_t task) {
     for (int64_t c = task * FEATURES; c < least(v.features, (task + 1) * FEATURES); c++) {
-      double mean = 0, square = 0, total_count = 0;
-      for (int64_t j = 0; j < pieces; j++) {  // Chan, Golub & LeVeque, 1983
+      double mean = 0, square = 0;
+      for (int64_t j = 0; j < pieces; j++) {
         double n = static_cast<double>(rows.begin(j + 1, pieces) - rows.begin(j, pieces));
-        if (n == 0) continue;
-        double delta = sums[j * wide + c] / n, m = static_cast<double>(origins[j * wide + c]) + delta;
-        double own = squares[j * wide + c] - delta * sums[j * wide + c];
-        double apart = m - mean;
-        total_count += n;
-        square += own + apart * apart * n * ((total_count - n) / total_count);
-        mean += apart * (n / total_count);
+        mean += (sums[j * wide + c] + n * static_cast<double>(origins[j * wide + c])) * inverse;
       }
-      double variance = total_count > 0 ? square / total_count : 0;
+      for (int64_t j = 0; j < pieces; j++) {  // each piece measured from the mean of all
+        double n = static_cast<double>(rows.begin(j + 1, pieces) - rows.begin(j, pieces));
+        double apart = static_cast<double>(origins[j * wide + c]) - mean;
+        square += squares[j * wide + c] + apart * (2 * sums[j * wide + c] + n * apart);
+      }
+      double variance = square * inverse;
       take(c, mean, variance < 0 ? 0 : variance);
     }
   });
@@ -363,18 +386,15 @@ void forward_rows_whole(const Forward& p) {
   auto* y = static_cast<typename S::Stored*>(p.y);
   bool serial = v.size() < SERIAL;
   Rows<S> rows{v};
-  // The coefficients lie after what moments_whole takes of the same memory; it is done with its own by then.
-  moments_whole<S>(v, x, serial, [&](int64_t c, double mean, double variance) {
+  int64_t wide = rows.wide();
+  Carver carver(Slot::call, 3 * (wide * 8 + 64) + moments_whole_bytes<S>(v, serial));
+  Value *origin = carver.take<Value>(wide), *scale = carver.take<Value>(wide), *shift = carver.take<Value>(wide);
+  moments_whole<S>(carver, v, x, serial, [&](int64_t c, double mean, double variance) {
     p.mean.set(c, mean);
     p.variance.set(c, variance);
     if (p.renorm_mean) correction(p, c, mean, variance);
+    coefficients<Value>(p, c, mean, variance, r_of(p, c), d_of(p, c), origin + c, scale + c, shift + c);
   });
-  int64_t wide = rows.wide();
-  Carver carver(Slot::call, 3 * (wide * 8 + 64));
-  Value *origin = carver.take<Value>(wide), *scale = carver.take<Value>(wide), *shift = carver.take<Value>(wide);
-  for (int64_t c = 0; c < v.features; c++)
-    coefficients<Value>(p, c, p.mean.get(c), p.variance.get(c), r_of(p, c), d_of(p, c), origin + c, scale + c,
-                        shift + c);
   rows.spread(origin);
   rows.spread(scale);
   rows.spread(shift);
@@ -478,13 +498,17 @@ void backward_inner(const Backward& p) {
   });
 }
 
+template <class S>
+int64_t sums_whole_bytes(const View& v, bool serial) {
+  Rows<S> rows{v};
+  return 2 * (rows.pieces(serial) * (rows.wide() + 16) * 8 + 64);
+}
+
 template <class S, class Take>
-void sums_whole(const View& v, const typename S::Stored* x, const typename S::Stored* dy,
+void sums_whole(Carver& carver, const View& v, const typename S::Stored* x, const typename S::Stored* dy,
                 const typename S::Value* origin, bool serial, Take&& take) {
   Rows<S> rows{v};
   int64_t pieces = rows.pieces(serial), wide = (rows.wide() + 15) / 16 * 16;
-  Carver carver(Slot::task, pieces * wide * 16);
-  // This runs in no task itself, so the memory of a task is free on this thread, but not from here on in one.
   double *sums = carver.take<double>(pieces * wide), *centered = carver.take<double>(pieces * wide);
   run_tasks(pieces, serial, [&](int64_t j) {
     rows.sums(x, dy, 0, rows.begin(j, pieces), rows.begin(j + 1, pieces), origin, sums + j * wide,
@@ -506,12 +530,12 @@ void backward_rows_whole(const Backward& p) {
   bool serial = v.size() < SERIAL;
   Rows<S> rows{v};
   int64_t wide = rows.wide();
-  Carver carver(Slot::call, 4 * (wide * 8 + 64));
+  Carver carver(Slot::call, 4 * (wide * 8 + 64) + sums_whole_bytes<S>(v, serial));
   Value *origin = carver.take<Value>(wide), *dy_weight = carver.take<Value>(wide);
   Value *x_weight = carver.take<Value>(wide), *constant = carver.take<Value>(wide);
   for (int64_t c = 0; c < v.features; c++) origin[c] = origin_of<Value>(p.mean, c);
   rows.spread(origin);
-  sums_whole<S>(v, x, dy, origin, serial, [&](int64_t c, double sum, double centered) {
+  sums_whole<S>(carver, v, x, dy, origin, serial, [&](int64_t c, double sum, double centered) {
     double inverse = combination<Value>(p, 0, c, sum, centered, dy_weight + c, x_weight + c, constant + c);
     parameter_gradients(p, c, sum, centered * inverse);
   });
@@ -614,7 +638,9 @@ void moments(const Moments& p) {
       for (int64_t c = c0; c < c1; c++) put(g, c, mean[c - c0], variance[c - c0]);
     });
   } else if (v.groups == 1) {
-    moments_whole<S>(v, x, v.size() < SERIAL, [&](int64_t c, double mean, double variance) { put(0, c, mean, variance); });
+    bool serial = v.size() < SERIAL;
+    Carver carver(Slot::call, moments_whole_bytes<S>(v, serial));
+    moments_whole<S>(carver, v, x, serial, [&](int64_t c, double mean, double variance) { put(0, c, mean, variance); });
   } else {
     by_rows<S>(v, [&](int64_t g, int64_t begin, int64_t end) {
       Carver carver(Slot::task, 3 * (v.features * 8 + 64));
@@ -682,11 +708,12 @@ void gradient_sums(const GradientSums& p) {
     });
   } else if (v.groups == 1) {
     int64_t wide = Rows<S>{v}.wide();
-    Carver call(Slot::call, wide * 8 + 64);
+    bool serial = v.size() < SERIAL;
+    Carver call(Slot::call, wide * 8 + 64 + sums_whole_bytes<S>(v, serial));
     auto* origin = call.take<typename S::Value>(wide);
     for (int64_t c = 0; c < v.features; c++) origin[c] = origin_of<typename S::Value>(p.mean, c);
     Rows<S>{v}.spread(origin);
-    sums_whole<S>(v, x, dy, origin, v.size() < SERIAL,
+    sums_whole<S>(call, v, x, dy, origin, serial,
                   [&](int64_t c, double sum, double centered) { put(0, c, sum, centered); });
   } else {
     by_rows<S>(v, [&](int64_t g, int64_t begin, int64_t end) {

@@ -252,41 +252,64 @@ void sum_rows(const typename S::Stored* const* rows, int64_t n, int64_t features
     for (int64_t i = 0; i < n; i++) sums[c] += S::one(rows[i] + c);
 }
 
+// Columns that sums are carried for at a time, and rows that are read at a time: rows are long runs of memory, and
+// reading a few of them side by side spares most of the loads and stores of the sums.
+constexpr int64_t TILE = 512;
+constexpr int64_t ABREAST = 8;
+
+// Adds to sums and seconds, by column, what `terms(i, c, &first, &second)` gives for vector c of row i; `one` does so
+// for a single column.
+template <class S, class Terms, class One>
+void sum_rows_by(int64_t n, int64_t features, double* sums, double* seconds, Terms&& terms, One&& one) {
+  using V = typename S::Vector;
+  using Value = typename S::Value;
+  Value first[TILE], second[TILE];
+  int64_t vectors = features / W * W;
+  for (int64_t tile = 0; tile < vectors; tile += TILE) {
+    int64_t width = least(TILE, vectors - tile);
+    for (int64_t i = 0; i < n; i += ABREAST) {
+      int64_t rows = least(ABREAST, n - i);
+      for (int64_t c = 0; c < width; c += W) {
+        V s = {}, t = {};
+        if (i > 0) {
+          s = load_bits<V>(first + c);
+          t = load_bits<V>(second + c);
+        }
+        if (rows == ABREAST) {
+#pragma GCC unroll 8
+          for (int64_t k = 0; k < ABREAST; k++) terms(i + k, tile + c, s, t);
+        } else {
+          for (int64_t k = 0; k < rows; k++) terms(i + k, tile + c, s, t);
+        }
+        store_bits(first + c, s);
+        store_bits(second + c, t);
+      }
+    }
+    for (int64_t c = 0; c < width; c++) {
+      sums[tile + c] += first[c];
+      seconds[tile + c] += second[c];
+    }
+  }
+  for (int64_t c = vectors; c < features; c++)
+    for (int64_t i = 0; i < n; i++) one(i, c, sums[c], seconds[c]);
+}
+
 template <class S>
 void moments_rows(const typename S::Stored* const* rows, int64_t n, int64_t features,
                   const typename S::Value* origin, double* sums, double* squares) {
   using V = typename S::Vector;
-  int64_t c = 0;
-  for (; c + WAYS * W <= features; c += WAYS * W) {
-    V s[WAYS] = {}, q[WAYS] = {}, o[WAYS];
-    for (int k = 0; k < WAYS; k++) o[k] = load_bits<V>(origin + c + k * W);
-    for (int64_t i = 0; i < n; i++)
-      for (int k = 0; k < WAYS; k++) {
-        V v = S::load(rows[i] + c + k * W) - o[k];
-        s[k] += v;
-        q[k] += v * v;
-      }
-    for (int k = 0; k < WAYS; k++) {
-      add_to<V>(sums + c + k * W, s[k]);
-      add_to<V>(squares + c + k * W, q[k]);
-    }
-  }
-  for (; c + W <= features; c += W) {
-    V s = {}, q = {}, o = load_bits<V>(origin + c);
-    for (int64_t i = 0; i < n; i++) {
-      V v = S::load(rows[i] + c) - o;
-      s += v;
-      q += v * v;
-    }
-    add_to<V>(sums + c, s);
-    add_to<V>(squares + c, q);
-  }
-  for (; c < features; c++)
-    for (int64_t i = 0; i < n; i++) {
-      double v = S::one(rows[i] + c) - origin[c];
-      sums[c] += v;
-      squares[c] += v * v;
-    }
+  sum_rows_by<S>(
+      n, features, sums, squares,
+      [&](int64_t i, int64_t c, V& s, V& q) {
+        V v = S::load(rows[i] + c) - load_bits<V>(origin + c);
+        s += v;
+        q += v * v;
+      },
+      [&](int64_t i, int64_t c, double& s, double& q) {
+        double v = S::one(rows[i] + c) - origin[c];
+        s += v;
+        q += v * v;
+      });
 }
 
 template <class S>
@@ -307,37 +330,18 @@ template <class S>
 void gradient_sums_rows(const typename S::Stored* const* rows, const typename S::Stored* const* dys, int64_t n,
                         int64_t features, const typename S::Value* origin, double* sums, double* centered) {
   using V = typename S::Vector;
-  int64_t c = 0;
-  for (; c + WAYS * W <= features; c += WAYS * W) {
-    V s[WAYS] = {}, t[WAYS] = {}, o[WAYS];
-    for (int k = 0; k < WAYS; k++) o[k] = load_bits<V>(origin + c + k * W);
-    for (int64_t i = 0; i < n; i++)
-      for (int k = 0; k < WAYS; k++) {
-        V g = S::load(dys[i] + c + k * W);
-        s[k] += g;
-        t[k] += g * (S::load(rows[i] + c + k * W) - o[k]);
-      }
-    for (int k = 0; k < WAYS; k++) {
-      add_to<V>(sums + c + k * W, s[k]);
-      add_to<V>(centered + c + k * W, t[k]);
-    }
-  }
-  for (; c + W <= features; c += W) {
-    V s = {}, t = {}, o = load_bits<V>(origin + c);
-    for (int64_t i = 0; i < n; i++) {
-      V g = S::load(dys[i] + c);
-      s += g;
-      t += g * (S::load(rows[i] + c) - o);
-    }
-    add_to<V>(sums + c, s);
-    add_to<V>(centered + c, t);
-  }
-  for (; c < features; c++)
-    for (int64_t i = 0; i < n; i++) {
-      double g = S::one(dys[i] + c);
-      sums[c] += g;
-      centered[c] += g * (S::one(rows[i] + c) - origin[c]);
-    }
+  sum_rows_by<S>(
+      n, features, sums, centered,
+      [&](int64_t i, int64_t c, V& s, V& t) {
+        V g = S::load(dys[i] + c);
+        s += g;
+        t += g * (S::load(rows[i] + c) - load_bits<V>(origin + c));
+      },
+      [&](int64_t i, int64_t c, double& s, double& t) {
+        double g = S::one(dys[i] + c);
+        s += g;
+        t += g * (S::one(rows[i] + c) - origin[c]);
+      });
 }
 
 template <class S>

@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint format clean
+.PHONY: demo test lint bench format sanitize clean
 
 demo: .venv/.installed
 	$(BIN)/python -m batchnorm demo
@@ -15,14 +15,46 @@ lint: .venv/.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+bench: .venv/.installed
+	$(BIN)/python -m benchmarks --update-readme
+
 format: .venv/.installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# The kernels under sanitizers, for each instruction set of this processor: memory and undefined behaviour on one thread
+# and on three, then several callers at once, and their races. SANITIZE_ISAS names the sets that are run; asking for more than there is
+# falls back on what is there.
+SANITIZE := build/sanitize
+SANITIZE_SOURCES := native/test/sanitize.cpp native/dispatch.cpp native/threads.cpp
+SANITIZE_FLAGS := -std=c++17 -g -O1 -fno-omit-frame-pointer -Wall -Wextra -Wno-psabi -fno-math-errno -fno-trapping-math \
+	-Inative -pthread -DBATCHNORM_CHECKED
+SANITIZE_ISAS := $(shell grep -q avx512vl /proc/cpuinfo && echo avx512) \
+	$(shell grep -q avx2 /proc/cpuinfo && echo avx2) baseline
+
+sanitize: $(SANITIZE)/memory $(SANITIZE)/races
+	for isa in $(SANITIZE_ISAS); do \
+		echo "memory, $$isa" && BATCHNORM_ISA=$$isa $(SANITIZE)/memory && BATCHNORM_ISA=$$isa $(SANITIZE)/memory threads && \
+		echo "races, $$isa" && BATCHNORM_ISA=$$isa $(SANITIZE)/races threads || exit 1; \
+	done
+
+$(SANITIZE)/memory: SANITIZER := -fsanitize=address,undefined -fno-sanitize-recover=all
+$(SANITIZE)/races: SANITIZER := -fsanitize=thread
+$(SANITIZE)/memory $(SANITIZE)/races: $(SANITIZE_SOURCES) $(wildcard native/*.hpp) native/isa.cpp Makefile
+	mkdir -p $(SANITIZE)
+	x86="$$(uname -m | grep -x x86_64)"; \
+	compile() { $(CXX) $(SANITIZE_FLAGS) $(SANITIZER) "$$@"; }; \
+	isa() { compile -c native/isa.cpp -o $@.$$1.o -DBATCHNORM_ISA=$$1 -DBATCHNORM_VECTOR_BYTES=$$2 $$3; }; \
+	isa baseline 16 && objects=$@.baseline.o && if [ -n "$$x86" ]; then \
+		isa avx2 32 "-mavx2 -mfma -mf16c" && \
+		isa avx512 64 "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mf16c" && \
+		objects="$$objects $@.avx2.o $@.avx512.o -DBATCHNORM_X86"; \
+	fi && compile $$objects $(SANITIZE_SOURCES) -o $@
+
 clean:
 	rm -rf .venv build dist
 
-.venv/.installed: pyproject.toml constraints.txt
-	$(PYTHON) -m venv .venv
+.venv/.installed: pyproject.toml constraints.txt CMakeLists.txt $(wildcard native/*.cpp native/*.hpp)
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
 	touch $@

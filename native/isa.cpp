@@ -24,16 +24,20 @@ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 // Carve typed arrays out of one piece of scratch memory.
 class Carver {
  public:
-  Carver(Slot slot, int64_t bytes) : next_(static_cast<char*>(scratch(slot, bytes + 4096))) {}
+  Carver(Slot slot, int64_t bytes) : next_(static_cast<char*>(scratch(slot, bytes))), end_(next_ + bytes) {}
   template <class T>
   T* take(int64_t n) {
     char* here = next_;
     next_ += (n * static_cast<int64_t>(sizeof(T)) + 63) / 64 * 64;
+#ifdef BATCHNORM_CHECKED
+    if (next_ > end_) __builtin_trap();
+#endif
     return reinterpret_cast<T*>(here);
   }
 
  private:
   char* next_;
+  [[maybe_unused]] char* end_;
 };
 
 // The row of the whole array that is row i of a group.
@@ -220,10 +224,12 @@ struct Rows {
     });
   }
 
-  // How many pieces a whole batch is cut into, and where piece j begins.
+  // How many pieces a whole batch is cut into, and where piece j begins. The number of threads may change during a
+  // call, so whatever goes by the pieces must count them once.
   int64_t pieces(bool serial) const {
     if (serial) return 1;
-    return most<int64_t>(1, least<int64_t>(4 * num_threads(), v.size() / SERIAL));
+    int64_t most_pieces = least(v.size() / SERIAL, ceil_div(v.rows, ROWS * widening()));
+    return most<int64_t>(1, least<int64_t>(4 * num_threads(), most_pieces));
   }
   int64_t begin(int64_t j, int64_t pieces) const {
     int64_t unit = ROWS * widening();
@@ -342,16 +348,16 @@ void forward_inner(const Forward& p) {
 // Moments of a whole batch in pieces that go to several threads, put together in a fixed order. `take` gets them by
 // feature, on several threads too.
 template <class S>
-int64_t moments_whole_bytes(const View& v, bool serial) {
-  Rows<S> rows{v};
-  return 3 * (rows.pieces(serial) * (rows.wide() + 16) * 8 + 64);
+int64_t moments_whole_bytes(const View& v, int64_t pieces) {
+  return 3 * (pieces * (Rows<S>{v}.wide() + 16) * 8 + 64);
 }
 
 template <class S, class Take>
-void moments_whole(Carver& carver, const View& v, const typename S::Stored* x, bool serial, Take&& take) {
+void moments_whole(Carver& carver, const View& v, const typename S::Stored* x, bool serial, int64_t pieces,
+                   Take&& take) {
   using Value = typename S::Value;
   Rows<S> rows{v};
-  int64_t pieces = rows.pieces(serial), wide = (rows.wide() + 15) / 16 * 16;
+  int64_t wide = (rows.wide() + 15) / 16 * 16;
   double *sums = carver.take<double>(pieces * wide), *squares = carver.take<double>(pieces * wide);
   Value* origins = carver.take<Value>(pieces * wide);
   run_tasks(pieces, serial, [&](int64_t j) {
@@ -386,10 +392,10 @@ void forward_rows_whole(const Forward& p) {
   auto* y = static_cast<typename S::Stored*>(p.y);
   bool serial = v.size() < SERIAL;
   Rows<S> rows{v};
-  int64_t wide = rows.wide();
-  Carver carver(Slot::call, 3 * (wide * 8 + 64) + moments_whole_bytes<S>(v, serial));
+  int64_t wide = rows.wide(), pieces = rows.pieces(serial);
+  Carver carver(Slot::call, 3 * (wide * 8 + 64) + moments_whole_bytes<S>(v, pieces));
   Value *origin = carver.take<Value>(wide), *scale = carver.take<Value>(wide), *shift = carver.take<Value>(wide);
-  moments_whole<S>(carver, v, x, serial, [&](int64_t c, double mean, double variance) {
+  moments_whole<S>(carver, v, x, serial, pieces, [&](int64_t c, double mean, double variance) {
     p.mean.set(c, mean);
     p.variance.set(c, variance);
     if (p.renorm_mean) correction(p, c, mean, variance);
@@ -398,7 +404,6 @@ void forward_rows_whole(const Forward& p) {
   rows.spread(origin);
   rows.spread(scale);
   rows.spread(shift);
-  int64_t pieces = rows.pieces(serial);
   run_tasks(pieces, serial, [&](int64_t task) {
     int64_t j = pieces - 1 - task;
     rows.scale(x, y, 0, rows.begin(j, pieces), rows.begin(j + 1, pieces), origin, scale, shift);
@@ -499,16 +504,15 @@ void backward_inner(const Backward& p) {
 }
 
 template <class S>
-int64_t sums_whole_bytes(const View& v, bool serial) {
-  Rows<S> rows{v};
-  return 2 * (rows.pieces(serial) * (rows.wide() + 16) * 8 + 64);
+int64_t sums_whole_bytes(const View& v, int64_t pieces) {
+  return 2 * (pieces * (Rows<S>{v}.wide() + 16) * 8 + 64);
 }
 
 template <class S, class Take>
 void sums_whole(Carver& carver, const View& v, const typename S::Stored* x, const typename S::Stored* dy,
-                const typename S::Value* origin, bool serial, Take&& take) {
+                const typename S::Value* origin, bool serial, int64_t pieces, Take&& take) {
   Rows<S> rows{v};
-  int64_t pieces = rows.pieces(serial), wide = (rows.wide() + 15) / 16 * 16;
+  int64_t wide = (rows.wide() + 15) / 16 * 16;
   double *sums = carver.take<double>(pieces * wide), *centered = carver.take<double>(pieces * wide);
   run_tasks(pieces, serial, [&](int64_t j) {
     rows.sums(x, dy, 0, rows.begin(j, pieces), rows.begin(j + 1, pieces), origin, sums + j * wide,
@@ -529,20 +533,19 @@ void backward_rows_whole(const Backward& p) {
   auto* dx = static_cast<typename S::Stored*>(p.dx);
   bool serial = v.size() < SERIAL;
   Rows<S> rows{v};
-  int64_t wide = rows.wide();
-  Carver carver(Slot::call, 4 * (wide * 8 + 64) + sums_whole_bytes<S>(v, serial));
+  int64_t wide = rows.wide(), pieces = rows.pieces(serial);
+  Carver carver(Slot::call, 4 * (wide * 8 + 64) + sums_whole_bytes<S>(v, pieces));
   Value *origin = carver.take<Value>(wide), *dy_weight = carver.take<Value>(wide);
   Value *x_weight = carver.take<Value>(wide), *constant = carver.take<Value>(wide);
   for (int64_t c = 0; c < v.features; c++) origin[c] = origin_of<Value>(p.mean, c);
   rows.spread(origin);
-  sums_whole<S>(carver, v, x, dy, origin, serial, [&](int64_t c, double sum, double centered) {
+  sums_whole<S>(carver, v, x, dy, origin, serial, pieces, [&](int64_t c, double sum, double centered) {
     double inverse = combination<Value>(p, 0, c, sum, centered, dy_weight + c, x_weight + c, constant + c);
     parameter_gradients(p, c, sum, centered * inverse);
   });
   rows.spread(dy_weight);
   rows.spread(x_weight);
   rows.spread(constant);
-  int64_t pieces = rows.pieces(serial);
   run_tasks(pieces, serial, [&](int64_t task) {
     int64_t j = pieces - 1 - task;
     rows.combine(x, dy, dx, 0, rows.begin(j, pieces), rows.begin(j + 1, pieces), origin, dy_weight, x_weight, constant);
@@ -639,8 +642,10 @@ void moments(const Moments& p) {
     });
   } else if (v.groups == 1) {
     bool serial = v.size() < SERIAL;
-    Carver carver(Slot::call, moments_whole_bytes<S>(v, serial));
-    moments_whole<S>(carver, v, x, serial, [&](int64_t c, double mean, double variance) { put(0, c, mean, variance); });
+    int64_t pieces = Rows<S>{v}.pieces(serial);
+    Carver carver(Slot::call, moments_whole_bytes<S>(v, pieces));
+    moments_whole<S>(carver, v, x, serial, pieces,
+                     [&](int64_t c, double mean, double variance) { put(0, c, mean, variance); });
   } else {
     by_rows<S>(v, [&](int64_t g, int64_t begin, int64_t end) {
       Carver carver(Slot::task, 3 * (v.features * 8 + 64));
@@ -707,13 +712,13 @@ void gradient_sums(const GradientSums& p) {
       for (int64_t c = 0; c < width; c++) put(g, c0 + c, sum[c], centered[c]);
     });
   } else if (v.groups == 1) {
-    int64_t wide = Rows<S>{v}.wide();
     bool serial = v.size() < SERIAL;
-    Carver call(Slot::call, wide * 8 + 64 + sums_whole_bytes<S>(v, serial));
+    int64_t wide = Rows<S>{v}.wide(), pieces = Rows<S>{v}.pieces(serial);
+    Carver call(Slot::call, wide * 8 + 64 + sums_whole_bytes<S>(v, pieces));
     auto* origin = call.take<typename S::Value>(wide);
     for (int64_t c = 0; c < v.features; c++) origin[c] = origin_of<typename S::Value>(p.mean, c);
     Rows<S>{v}.spread(origin);
-    sums_whole<S>(call, v, x, dy, origin, serial,
+    sums_whole<S>(call, v, x, dy, origin, serial, pieces,
                   [&](int64_t c, double sum, double centered) { put(0, c, sum, centered); });
   } else {
     by_rows<S>(v, [&](int64_t g, int64_t begin, int64_t end) {

@@ -6,6 +6,7 @@
 #pragma once
 
 #include <cstdint>
+#include <cstring>
 
 namespace batchnorm {
 
@@ -26,12 +27,19 @@ struct Values {
   bool wide = false;
 
   explicit operator bool() const { return data != nullptr; }
-  double get(int64_t i) const { return wide ? static_cast<double*>(data)[i] : static_cast<float*>(data)[i]; }
-  void set(int64_t i, double value) const {
-    if (wide)
-      static_cast<double*>(data)[i] = value;
-    else
-      static_cast<float*>(data)[i] = static_cast<float>(value);
+  double get(int64_t i) const { return wide ? load<double>(i) : load<float>(i); }
+  void set(int64_t i, double value) const { wide ? store(i, value) : store(i, static_cast<float>(value)); }
+
+ private:
+  template <class T>
+  T load(int64_t i) const {  // wherever it lies: arrays need not be aligned
+    T value;
+    std::memcpy(&value, static_cast<const char*>(data) + i * static_cast<int64_t>(sizeof(T)), sizeof(T));
+    return value;
+  }
+  template <class T>
+  void store(int64_t i, T value) const {
+    std::memcpy(static_cast<char*>(data) + i * static_cast<int64_t>(sizeof(T)), &value, sizeof(T));
   }
 };
 

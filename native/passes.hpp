@@ -27,9 +27,11 @@ T most(T a, T b) {
 constexpr int W = BATCHNORM_VECTOR_BYTES / 4;  // floats in a vector
 typedef float Floats __attribute__((vector_size(BATCHNORM_VECTOR_BYTES)));
 typedef double Doubles __attribute__((vector_size(2 * BATCHNORM_VECTOR_BYTES)));
+typedef int32_t Integers __attribute__((vector_size(BATCHNORM_VECTOR_BYTES)));
 typedef uint32_t Words __attribute__((vector_size(BATCHNORM_VECTOR_BYTES)));
 typedef uint16_t Halves __attribute__((vector_size(BATCHNORM_VECTOR_BYTES / 2)));
 
+// Arrays need not be aligned, not even to their elements.
 template <class V, class P>
 V load_bits(const P* p) {
   V v;
@@ -56,8 +58,8 @@ struct Float32 {
   using Vector = Floats;
   static Vector load(const Stored* p) { return load_bits<Vector>(p); }
   static void store(Stored* p, Vector v) { store_bits(p, v); }
-  static Value one(const Stored* p) { return *p; }
-  static void put(Stored* p, Value v) { *p = v; }
+  static Value one(const Stored* p) { return load_bits<Value>(p); }
+  static void put(Stored* p, Value v) { store_bits(p, v); }
 };
 
 struct Float64 {
@@ -66,8 +68,8 @@ struct Float64 {
   using Vector = Doubles;
   static Vector load(const Stored* p) { return load_bits<Vector>(p); }
   static void store(Stored* p, Vector v) { store_bits(p, v); }
-  static Value one(const Stored* p) { return *p; }
-  static void put(Stored* p, Value v) { *p = v; }
+  static Value one(const Stored* p) { return load_bits<Value>(p); }
+  static void put(Stored* p, Value v) { store_bits(p, v); }
 };
 
 // A 16-bit type by its two conversions of whole vectors; single values go through the first element of one.
@@ -82,9 +84,10 @@ struct Half {
   static void store(Stored* p, Vector v) {
     store_bits(p, __builtin_convertvector(Conversion::narrow(same_bits<Words>(v)), Halves));
   }
-  static Value one(const Stored* p) { return Conversion::widen(Words{} + *p)[0]; }
+  static Value one(const Stored* p) { return Conversion::widen(Words{} + load_bits<Stored>(p))[0]; }
   static void put(Stored* p, Value v) {
-    *p = static_cast<Stored>(Conversion::narrow(same_bits<Words>(Floats{} + v))[0]);
+    // Subtracting zero, not adding it, keeps the sign of −0.
+    store_bits(p, static_cast<Stored>(Conversion::narrow(same_bits<Words>(v - Floats{}))[0]));
   }
 };
 
@@ -100,8 +103,11 @@ struct BFloat16Conversion {
 struct Float16Conversion {
   static Floats widen(Words h) {
     Words magnitude = h & 0x7fff, sign = (h & 0x8000) << 16;
-    // Shifting puts the exponent in place, and multiplying by 2^112 corrects its bias, also for subnormal numbers.
-    Words finite = same_bits<Words>(same_bits<Floats>(magnitude << 13) * 0x1p112f);
+    // Subnormal numbers are multiples of 2^-24. No subnormal float is used on the way, for frameworks have processors
+    // take those for 0.
+    Words normal = (magnitude << 13) + 0x38000000;
+    Words small = same_bits<Words>(__builtin_convertvector(same_bits<Integers>(magnitude), Floats) * 0x1p-24f);
+    Words finite = choose(same_bits<Words>(magnitude < 0x400), small, normal);
     Words special = (magnitude << 13) | 0x7f800000;
     return same_bits<Floats>(choose(same_bits<Words>(magnitude >= 0x7c00), special, finite) | sign);
   }

@@ -5,6 +5,7 @@
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
 
+#include <climits>
 #include <cstdint>
 #include <optional>
 #include <stdexcept>
@@ -33,6 +34,15 @@ Type type_of(nb::dlpack::dtype type, const char* name) {
   throw nb::type_error((std::string(name) + " must be float16, float32, float64, or bfloat16 as uint16").c_str());
 }
 
+// Whether sizes can be told in bytes without overflow.
+bool countable(const View& v) {
+  constexpr int64_t LARGEST = INT64_MAX / 64;
+  int64_t values, statistics;
+  return !__builtin_mul_overflow(v.rows > 1 ? v.rows : 1, v.features, &values) &&
+         !__builtin_mul_overflow(values, v.inner, &values) && values <= LARGEST &&
+         !__builtin_mul_overflow(v.groups, v.features, &statistics) && statistics <= LARGEST;
+}
+
 struct Extent {
   const char *begin, *end;
 };
@@ -49,6 +59,7 @@ class Checked {
       : type(type_of(x.dtype(), "x")), view{rows, groups, span, features, inner} {
     if (rows < 0 || groups < 1 || span < 1 || features < 1 || inner < 1)
       refuse("view must have rows >= 0, and groups, span, features and inner >= 1");
+    if (!countable(view)) refuse("view must have fewer than 2**57 values and statistics");
     if (rows % groups || (rows / groups) % span)
       refuse("rows must be a multiple of groups * span");
     data_ = x.dtype();
@@ -257,8 +268,8 @@ NB_MODULE(_native, m) {
         arg("x_weight").noconvert(), arg("constant").noconvert());
   m.def("instruction_set", [] { return std::string(kernels().name); });
   m.def("num_threads", &num_threads);
-  m.def("set_num_threads", [](int threads) {
+  m.def("set_num_threads", [](int64_t threads) {
     if (threads < 1) refuse("threads must be at least 1; received " + std::to_string(threads));
-    set_num_threads(threads);
+    set_num_threads(static_cast<int>(threads < INT_MAX ? threads : INT_MAX));
   }, arg("threads"));
 }

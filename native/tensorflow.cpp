@@ -7,6 +7,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstdio>
+#include <exception>
 #include <string>
 
 #include "normalize.hpp"
@@ -27,7 +28,7 @@ namespace {
 using namespace batchnorm;
 
 enum DataType { FLOAT = 1, DOUBLE = 2, BFLOAT16 = 14, HALF = 19 };
-constexpr int INVALID_ARGUMENT = 3;
+constexpr int INVALID_ARGUMENT = 3, RESOURCE_EXHAUSTED = 8;
 
 void* found(const char* name) {
   static void* library = dlopen("libtensorflow_framework.so.2", RTLD_NOW | RTLD_NOLOAD);
@@ -120,6 +121,16 @@ class Computation {
   bool ok() const { return status_.ok(); }
   void refuse(const std::string& message) {
     if (ok()) TF_SetStatus(status_.raw, INVALID_ARGUMENT, message.c_str());
+  }
+
+  // TensorFlow is C here, so nothing that is thrown may pass.
+  template <class P>
+  void run(void (*operation)(const P&), const P& p) {
+    try {
+      operation(p);
+    } catch (const std::exception& error) {
+      TF_SetStatus(status_.raw, RESOURCE_EXHAUSTED, error.what());
+    }
   }
 
   // The first input tells how everything is seen.
@@ -254,7 +265,7 @@ void forward(void* kernel, TF_OpKernelContext* context) {
   p.rmin = numbers.get(1);
   p.rmax = numbers.get(2);
   p.dmax = numbers.get(3);
-  kernels().forward(p);
+  c.run(kernels().forward, p);
 }
 
 void backward(void* kernel, TF_OpKernelContext* context) {
@@ -287,7 +298,7 @@ void backward(void* kernel, TF_OpKernelContext* context) {
   }
   p.view = c.view;
   p.epsilon = numbers.get(0);
-  kernels().backward(p);
+  c.run(kernels().backward, p);
 }
 
 // The first output has the shape of the first input; of the others only the rank depends on nothing else, and whoever

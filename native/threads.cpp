@@ -6,22 +6,29 @@
 #include <atomic>
 #include <condition_variable>
 #include <cstdlib>
+#include <exception>
 #include <memory>
 #include <mutex>
 #include <new>
+#include <system_error>
 #include <thread>
+#include <utility>
 #include <vector>
 
 namespace batchnorm {
 namespace {
 
+constexpr int MOST = 1024;  // threads that are ever asked for
+
+int within(int threads) { return threads < 1 ? 1 : threads > MOST ? MOST : threads; }
+
 int default_threads() {
   if (const char* asked = std::getenv("OMP_NUM_THREADS")) {
     int threads = std::atoi(asked);  // of a list for nested levels, the first
-    if (threads > 0) return threads;
+    if (threads > 0) return within(threads);
   }
   unsigned found = std::thread::hardware_concurrency();
-  return found ? static_cast<int>(found) : 1;
+  return within(static_cast<int>(found));
 }
 
 std::atomic<int> wanted{0};
@@ -35,7 +42,11 @@ void pause() {
 class Pool {
  public:
   explicit Pool(int workers) {
-    for (int i = 0; i < workers; i++) threads_.emplace_back([this] { work(); });
+    threads_.reserve(static_cast<size_t>(workers));
+    try {
+      for (int i = 0; i < workers; i++) threads_.emplace_back([this] { work(); });
+    } catch (const std::system_error&) {  // no more threads are to be had, so those there are do it
+    }
   }
 
   ~Pool() {
@@ -62,11 +73,21 @@ class Pool {
     std::unique_lock<std::mutex> lock(mutex_);
     task_ = nullptr;  // a worker that wakes only now has nothing to join
     done_.wait(lock, [this] { return joined_ == 0; });
+    if (std::exception_ptr failure = std::exchange(failure_, nullptr)) {
+      lock.unlock();
+      std::rethrow_exception(failure);
+    }
   }
 
  private:
   void drain(void (*task)(void*, int64_t), void* context, int64_t tasks) {
-    for (int64_t i; (i = next_.fetch_add(1)) < tasks;) task(context, i);
+    try {
+      for (int64_t i; (i = next_.fetch_add(1)) < tasks;) task(context, i);
+    } catch (...) {  // for the caller, once no thread works for it any more
+      std::lock_guard<std::mutex> lock(mutex_);
+      if (!failure_) failure_ = std::current_exception();
+      next_.store(tasks);
+    }
   }
 
   void work() {
@@ -99,6 +120,7 @@ class Pool {
   void* context_ = nullptr;
   int64_t tasks_ = 0;
   int joined_ = 0;
+  std::exception_ptr failure_;
   bool stopping_ = false;
 };
 
@@ -128,7 +150,7 @@ int num_threads() {
   return threads;
 }
 
-void set_num_threads(int threads) { wanted.store(threads < 1 ? 1 : threads, std::memory_order_relaxed); }
+void set_num_threads(int threads) { wanted.store(within(threads), std::memory_order_relaxed); }
 
 void parallel(int64_t tasks, void (*task)(void*, int64_t), void* context) {
   int threads = num_threads();

@@ -8,6 +8,8 @@ Import the layer in the dialect of your framework::
 This module itself imports no framework.
 """
 
-__all__ = ["__version__"]
+from .native import num_threads, set_num_threads
+
+__all__ = ["__version__", "num_threads", "set_num_threads"]
 
 __version__ = "0.1.0"

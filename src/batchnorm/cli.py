@@ -1,4 +1,4 @@
-"""The command line: run a TensorFlow 1 script with the layer restored, and show the layer at work."""
+"""The command line: run a TensorFlow 1 script with the layer restored, show the layer at work, help a bug report."""
 
 from __future__ import annotations
 
@@ -26,14 +26,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     run.add_argument("script", metavar="SCRIPT")
     run.add_argument("arguments", metavar="ARGS", nargs=argparse.REMAINDER)
+    commands.add_parser("info", help="print what a bug report needs")
     commands.add_parser("demo", help="train small networks on handwritten digits", add_help=False)
     options, rest = parser.parse_known_args(argv)
     if options.command == "demo":
         from .demo import main as demo
 
         return demo(rest, prog="batchnorm demo")
+    if options.command == "info" and not rest:
+        from .info import lines
+
+        for line in lines():
+            print(line)
+        return 0
     if rest:
-        run.error(f"unrecognized arguments before SCRIPT: {' '.join(rest)}")
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
     return _run(options.script, options.arguments)
 
 

@@ -155,6 +155,12 @@ class BatchNormalization:
         self.dtype = None if dtype is None else _floating("dtype", np.dtype(dtype))
         self.variables: dict[str, Array] = {}
         self._geometry: Geometry | None = None
+        limits = self.options.renorm_clipping
+        self._limits = (
+            -np.inf if limits.rmin is None else limits.rmin,
+            np.inf if limits.rmax is None else limits.rmax,
+            np.inf if limits.dmax is None else limits.dmax,
+        )
         self._views: dict[tuple[tuple[int, ...], np.dtype[Any], bool], _View] = {}
         self.kernel: str | None = None
         """Name of what served the last call: ``"native"`` or ``"composed"``."""
@@ -358,14 +364,11 @@ class BatchNormalization:
         shape = one if view.groups == 1 else (view.groups, view.features)
         mean, variance = np.empty(shape, kept), np.empty(shape, kept)
         a, b = by_feature or (None, None)
-        limits = options.renorm_clipping
         r, d = (np.empty(view.features, kept), np.empty(view.features, kept)) if options.renorm else (None, None)
         native.library.forward(
             *view, raw, y, options.epsilon, variables.get("gamma"), variables.get("beta"), a, b,
             variables.get("renorm_mean"), variables.get("renorm_stddev"),
-            -np.inf if limits.rmin is None else limits.rmin,
-            np.inf if limits.rmax is None else limits.rmax,
-            np.inf if limits.dmax is None else limits.dmax,
+            *self._limits,
             mean, variance, r, d,
         )  # fmt: skip
         gamma = variables.get("gamma")

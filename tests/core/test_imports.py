@@ -75,11 +75,17 @@ def test_the_numpy_layer_imports_numpy_and_core() -> None:
 
 @pytest.mark.parametrize("path", files("tensorflow"), ids=lambda path: path.name)
 def test_the_tensorflow_layer_imports_tensorflow_core_and_itself(path: Path) -> None:
-    assert strangers(path, "tensorflow", "numpy", "batchnorm.core", "batchnorm.tensorflow") == set()
+    assert (
+        strangers(
+            path, "tensorflow", "numpy", "batchnorm", "batchnorm.core", "batchnorm.native", "batchnorm.tensorflow"
+        )
+        == set()
+    )
 
 
-def test_the_package_itself_imports_nothing_but_the_standard_library() -> None:
-    assert strangers(ROOT / "__init__.py") == set()
+def test_the_package_itself_imports_nothing_but_the_native_kernels() -> None:
+    assert strangers(ROOT / "__init__.py", "batchnorm.native") == set()
+    assert strangers(ROOT / "native.py") == set()
 
 
 @pytest.mark.parametrize("module", ["batchnorm", "batchnorm.core.kernels", "batchnorm.numpy"])

@@ -62,14 +62,14 @@ class Geometry:
         sizes = dict(self.features)
         return tuple(sizes.get(axis, 1) for axis in range(self.rank))
 
-    @property
+    @functools.cached_property
     def view_shape(self) -> tuple[int, ...]:
         """The shape in which a parameter broadcasts against the view."""
         if self.virtual_batch_size is None:
             return self.input_shape
         return (self.input_shape[0], 1, *self.input_shape[1:])
 
-    @property
+    @functools.cached_property
     def parameter_shape(self) -> tuple[int, ...]:
         """The shape of gamma, beta and every statistic in checkpoints."""
         if len(self.features) == 1 and self.virtual_batch_size is None:

@@ -1,0 +1,78 @@
+"""What is measured: the shapes of real networks, and the options."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+
+__all__ = ["Case", "cases"]
+
+RESNET50 = (
+    *((64, 112), (64, 56), (128, 56), (256, 56), (128, 28), (256, 28), (512, 28)),
+    *((256, 14), (512, 14), (1024, 14), (512, 7), (2048, 7)),
+)
+"""Channels and side of every distinct batch normalization of ResNet-50."""
+
+OTHERS = {
+    "tabular": ((8192, 128), -1),
+    "small": ((256, 256), -1),
+    "tiny": ((64, 16), -1),
+    "few channels": ((8, 6, 256, 256), 1),
+    "3-D": ((2, 32, 16, 64, 64), 1),
+}
+OPTIONS = ("renorm", "virtual batches", "renorm + virtual batches", "adjustment", "two axes")
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One measurement.
+
+    Attributes:
+        network: Where the shape is from.
+        shape: Shape of the input.
+        axis: The feature axis.
+        dtype: Type of the input.
+        mode: ``"forward"`` (in training), ``"step"`` (forward and backward) or ``"inference"``.
+        option: ``"plain"`` or one of `OPTIONS`.
+    """
+
+    network: str
+    shape: tuple[int, ...]
+    axis: int
+    dtype: str
+    mode: str
+    option: str = "plain"
+
+    @property
+    def megabytes(self) -> float:
+        """Size of the input."""
+        size = 2 if self.dtype == "bfloat16" else 4
+        for side in self.shape:
+            size *= side
+        return size / 1e6
+
+    @property
+    def layout(self) -> str:
+        """Where the features are."""
+        return "features last" if self.axis == -1 else "features first"
+
+
+def _shapes(quick: bool) -> Iterator[tuple[str, tuple[int, ...], int]]:
+    batch = 4 if quick else 32
+    for channels, side in RESNET50:
+        yield "ResNet-50", (batch, side, side, channels), -1
+        yield "ResNet-50", (batch, channels, side, side), 1
+    for name, (shape, axis) in OTHERS.items():
+        yield name, shape, axis
+
+
+def cases(quick: bool) -> list[Case]:
+    """List every measurement; quick ones have small batches."""
+    found = []
+    for network, shape, axis in _shapes(quick):
+        for dtype in ("float32", "bfloat16"):
+            found += [Case(network, shape, axis, dtype, mode) for mode in ("forward", "step", "inference")]
+        if network != "ResNet-50" or axis == -1:
+            legal = OPTIONS if len(shape) > 2 else OPTIONS[:-1]
+            found += [Case(network, shape, axis, "float32", "step", option) for option in legal]
+    return found

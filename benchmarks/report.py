@@ -1,0 +1,139 @@
+"""What came of it: a table for the terminal and for the README, and a plot of speed against the floor."""
+
+from __future__ import annotations
+
+import csv
+import math
+import pathlib
+from collections.abc import Callable, Iterable
+from typing import Any
+
+__all__ = ["FIELDS", "plot", "read", "summary", "update_readme"]
+
+FIELDS = ("network", "shape", "layout", "dtype", "mode", "option", "megabytes", "kernel", "floor", "contender",
+          "milliseconds", "peak_megabytes")  # fmt: skip
+BEGIN, END = "<!-- benchmark: begin -->", "<!-- benchmark: end -->"
+
+Row = dict[str, Any]
+
+
+def read(path: pathlib.Path) -> list[Row]:
+    """Read what a run has written."""
+    with path.open(newline="") as file:
+        rows: list[Row] = list(csv.DictReader(file))
+    for row in rows:
+        for key in ("megabytes", "floor", "milliseconds"):
+            row[key] = float(row[key])
+        row["peak_megabytes"] = float(row["peak_megabytes"]) if row["peak_megabytes"] else None
+    return rows
+
+
+def _key(row: Row) -> tuple[Any, ...]:
+    return tuple(row[name] for name in ("shape", "layout", "dtype", "mode", "option"))
+
+
+def _mean(values: Iterable[float]) -> float:
+    logarithms = [math.log(value) for value in values]
+    return math.exp(sum(logarithms) / len(logarithms)) if logarithms else math.nan
+
+
+def summary(rows: list[Row]) -> list[tuple[str, ...]]:
+    """Geometric means of ratios by group: how many times faster than each peer, and how far from plain and floor."""
+    ours = {_key(row): row for row in rows if row["contender"] == "batchnorm"}
+    plain = {key[:4]: row for key, row in ours.items() if key[4] == "plain"}
+    lines: list[tuple[str, ...]] = []
+
+    def line(title: str, chosen: Callable[[Row], bool]) -> None:
+        mine = [row for row in ours.values() if chosen(row)]
+        if not mine:
+            return
+        cells = []
+        for peer in ("the original", "Keras 3"):
+            ratios = [
+                row["milliseconds"] / ours[_key(row)]["milliseconds"]
+                for row in rows
+                if row["contender"] == peer and chosen(row)
+            ]
+            cells.append(f"{_mean(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})" if ratios else "")
+        beside = [
+            row["milliseconds"] / plain[_key(row)[:4]]["milliseconds"] for row in mine if row["option"] != "plain"
+        ]
+        above = [row["milliseconds"] / row["floor"] for row in mine if row["megabytes"] > 4]
+        lines.append(
+            (
+                title,
+                *cells,
+                f"{_mean(beside):.2f}" if beside else "",
+                f"{_mean(above):.2f}" if above else "",
+                str(len(mine)),
+            )
+        )
+
+    for layout in ("features last", "features first"):
+        for dtype in ("float32", "bfloat16"):
+            for mode in ("forward", "step", "inference"):
+                line(
+                    f"ResNet-50, {layout}, {dtype}, {mode}",
+                    lambda row, layout=layout, dtype=dtype, mode=mode: (  # type: ignore[misc]
+                        row["network"] == "ResNet-50"
+                        and (row["layout"], row["dtype"], row["mode"], row["option"]) == (layout, dtype, mode, "plain")
+                    ),
+                )
+    for option in dict.fromkeys(row["option"] for row in rows if row["option"] != "plain"):
+        line(
+            f"ResNet-50, features last, float32, step, {option}",
+            lambda row, option=option: row["network"] == "ResNet-50" and row["option"] == option,  # type: ignore[misc]
+        )
+    for network in dict.fromkeys(row["network"] for row in rows if row["network"] != "ResNet-50"):
+        for option in dict.fromkeys(row["option"] for row in rows):
+            line(
+                f"{network}, float32, step, {option}",
+                lambda row, network=network, option=option: (  # type: ignore[misc]
+                    (row["network"], row["dtype"], row["mode"], row["option"]) == (network, "float32", "step", option)
+                ),
+            )
+    return lines
+
+
+HEADINGS = ("shapes", "× the original", "× Keras 3", "time ÷ our plain", "time ÷ floor, above 4 MB", "cases")
+
+
+def update_readme(lines: list[tuple[str, ...]], conditions: str, path: pathlib.Path) -> None:
+    """Put the table between the marks in a document."""
+    text = path.read_text()
+    begin, end = text.index(BEGIN) + len(BEGIN), text.index(END)
+    table = ["| " + " | ".join(cells) + " |" for cells in (HEADINGS, ("---",) * len(HEADINGS), *lines)]
+    path.write_text(f"{text[:begin]}\n{conditions}\n\n" + "\n".join(table) + f"\n{text[end:]}")
+
+
+def plot(rows: list[Row], path: pathlib.Path) -> None:
+    """Draw the time of training steps as a multiple of the floor, by size."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.2), sharey=True, layout="constrained")
+    styles = {"batchnorm": ("#0072B2", "o"), "the original": ("#666666", "s"), "Keras 3": ("#D55E00", "^")}
+    for panel, layout in zip(axes, ("features last", "features first"), strict=True):
+        for contender, (color, marker) in styles.items():
+            chosen = sorted(
+                (row["megabytes"], row["milliseconds"] / row["floor"])
+                for row in rows
+                if (row["contender"], row["layout"], row["dtype"], row["mode"], row["option"])
+                == (contender, layout, "float32", "step", "plain")
+            )
+            if chosen:
+                x, y = zip(*chosen, strict=True)
+                panel.plot(x, y, marker, color=color, label=contender, markersize=6, alpha=0.85)
+        panel.axhline(1, color="#999999", linewidth=1)
+        panel.set(xscale="log", yscale="log", title=layout, xlabel="size of the input in MB")
+        panel.set_yticks([1, 2, 5, 10, 20, 50], ["1", "2", "5", "10", "20", "50"])
+        panel.minorticks_off()
+        panel.grid(axis="y", color="#dddddd")
+        panel.spines[["top", "right"]].set_visible(False)
+    axes[0].set_ylabel("time of a training step ÷ floor")
+    axes[0].legend(frameon=False)
+    figure.suptitle("Plain batch normalization, float32, TensorFlow on the CPU; 1 is reading and writing alone")
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)

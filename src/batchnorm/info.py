@@ -1,0 +1,73 @@
+"""What a bug report needs: versions, what was found, and which kernels serve which options."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import platform
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from . import __version__, native
+
+__all__ = ["lines"]
+
+FRAMEWORKS = ("numpy", "tensorflow", "tensorflow-cpu", "tf_keras", "keras", "torch", "jax", "flax")
+OPTIONS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "renorm": {"renorm": True},
+    "virtual batches": {"virtual_batch_size": 2},
+    "several axes, side by side": {"axis": [1, 2]},
+    "several axes, apart": {"axis": [1, 3]},
+    "fused=False": {"fused": False},
+}
+
+
+def lines() -> Iterator[str]:
+    """Say everything, a line at a time."""
+    yield f"batchnorm {__version__}"
+    yield f"Python {platform.python_version()} on {platform.platform()}"
+    for name in FRAMEWORKS:
+        try:
+            yield f"{name} {importlib.metadata.version(name)}"
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    if native.library is None:
+        yield "native kernels: not built; the composed path serves everything"
+    else:
+        variables = [
+            f"{name}={os.environ[name]}" for name in ("OMP_NUM_THREADS", "BATCHNORM_ISA") if name in os.environ
+        ]
+        told = f" ({', '.join(variables)})" if variables else ""
+        yield f"native kernels: {native.instruction_set()}, {native.num_threads()} threads{told}"
+    yield from _served("NumPy", _numpy_kernel)
+    if importlib.util.find_spec("tensorflow") is not None:
+        yield from _served("TensorFlow", _tensorflow_kernel)
+
+
+def _served(framework: str, kernel: Callable[[dict[str, Any], bool], str | None]) -> Iterator[str]:
+    yield f"{framework}, inputs of rank 4, served in training and in inference by:"
+    for title, options in OPTIONS.items():
+        yield f"  {title:<28}{kernel(options, True):<20}{kernel(options, False)}"
+
+
+def _numpy_kernel(options: dict[str, Any], training: bool) -> str | None:
+    import numpy as np
+
+    from .numpy import BatchNormalization
+
+    layer = BatchNormalization(**options)
+    layer(np.ones((4, 2, 2, 3), np.float32), training=training)
+    return layer.kernel
+
+
+def _tensorflow_kernel(options: dict[str, Any], training: bool) -> str | None:
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    import tensorflow as tf
+
+    from .tensorflow import BatchNormalization
+
+    layer = BatchNormalization(**options)
+    layer(tf.ones([4, 2, 2, 3]), training=training)
+    return layer.kernel

@@ -1,0 +1,51 @@
+"""The command line."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+import batchnorm
+from batchnorm import native
+from batchnorm.info import OPTIONS
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "batchnorm", *arguments], capture_output=True, text=True, check=False)
+
+
+def test_info_tells_versions_frameworks_threads_and_who_serves_what() -> None:
+    done = run("info")
+    assert done.returncode == 0, done.stderr
+    assert f"batchnorm {batchnorm.__version__}" in done.stdout
+    assert "tensorflow 2." in done.stdout
+    assert f"native kernels: {native.instruction_set()}, {native.num_threads()} threads" in done.stdout
+    found = done.stdout.splitlines()
+    for framework in ("NumPy", "TensorFlow"):
+        begin = next(at for at, line in enumerate(found) if line.startswith(framework))
+        served = dict(line.strip().split("  ", 1) for line in found[begin + 1 : begin + 1 + len(OPTIONS)])
+        assert set(served) == set(OPTIONS)
+        assert served["renorm"].split()[0] == "native"
+        assert served["fused=False"].split() == ["composed", "composed"]
+
+
+@pytest.mark.parametrize("arguments", [("info", "--no-such-option"), ("no-such-command",), ()], ids=" ".join)
+def test_what_is_not_understood_is_an_error(arguments: tuple[str, ...]) -> None:
+    done = run(*arguments)
+    assert done.returncode == 2
+    assert "usage: batchnorm" in done.stderr
+
+
+def test_threads_are_set_and_checked_from_the_top() -> None:
+    before = batchnorm.num_threads()
+    try:
+        batchnorm.set_num_threads(3)
+        assert batchnorm.num_threads() == 3
+    finally:
+        batchnorm.set_num_threads(before)
+    for wrong, error in ((0, ValueError), (-1, ValueError), (1.5, TypeError), (True, TypeError)):
+        with pytest.raises(error, match="threads"):
+            batchnorm.set_num_threads(wrong)  # type: ignore[arg-type]
+    assert batchnorm.num_threads() == before

@@ -23,8 +23,8 @@ format: .venv/.installed
 	$(BIN)/ruff format .
 
 # The kernels under sanitizers, for each instruction set of this processor: memory and undefined behaviour on one thread
-# and on three, then several callers at once, and their races. SANITIZE_ISAS names the sets that are run; asking for more than there is
-# falls back on what is there.
+# and on three, then several callers at once, and their races. SANITIZE_ISAS names the sets that are run; asking for more
+# than there is falls back on what is there.
 SANITIZE := build/sanitize
 SANITIZE_SOURCES := native/test/sanitize.cpp native/dispatch.cpp native/threads.cpp
 SANITIZE_FLAGS := -std=c++17 -g -O1 -fno-omit-frame-pointer -Wall -Wextra -Wno-psabi -fno-math-errno -fno-trapping-math \

@@ -34,6 +34,7 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--quick", action="store_true", help="small batches, to see that it works")
     parser.add_argument("--update-readme", action="store_true", help="put the table into README.md")
+    parser.add_argument("--mode", help="measure one mode anew, and keep what is written of the others")
     parser.add_argument("--report-only", action="store_true", help="report what an earlier run has written")
     options = parser.parse_args()
     console = Console()
@@ -62,10 +63,12 @@ def main() -> int:
 
 def measure(options: argparse.Namespace, console: Console) -> None:
     """Measure every case, and write the results as they come."""
+    everything = [case for case in cases(options.quick) if options.mode in (None, case.mode)]
+    kept = [row for row in report.read(options.output) if row["mode"] != options.mode] if options.mode else []
     with options.output.open("w", newline="") as file, Progress(console=console) as progress:
         writer = csv.DictWriter(file, report.FIELDS)
         writer.writeheader()
-        everything = cases(options.quick)
+        writer.writerows(kept)
         for case in progress.track(everything, description="measuring"):
             found, floor = contenders(case)
             check(case, found)

@@ -54,7 +54,8 @@ def summary(rows: list[Row]) -> list[tuple[str, ...]]:
                 for row in rows
                 if row["contender"] == peer and chosen(row)
             ]
-            cells.append(f"{_mean(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})" if ratios else "")
+            spread = f" ({min(ratios):.2f} to {max(ratios):.2f})" if len(ratios) > 1 else ""
+            cells.append(f"{_mean(ratios):.2f}{spread}" if ratios else "")
         beside = [
             row["milliseconds"] / plain[_key(row)[:4]]["milliseconds"] for row in mine if row["option"] != "plain"
         ]

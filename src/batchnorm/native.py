@@ -36,7 +36,7 @@ def num_threads() -> int:
 
 
 def set_num_threads(threads: int) -> None:
-    """Set how many threads a call may use, the calling one among them.
+    """Set how many threads a call may use, the calling one among them; more than 1,024 count as 1,024.
 
     Raises:
         ValueError: If it is less than 1.

@@ -18,7 +18,7 @@ from batchnorm.native import KERNEL
 
 from . import namespace as xp
 
-__all__ = ["KERNEL", "forward", "serves"]
+__all__ = ["KERNEL", "forward", "on_cpu", "serves"]
 
 
 def _load() -> Any:
@@ -45,9 +45,14 @@ def serves(plan: Geometry, shape: list[int | None], dtype: str | None, adjustmen
         and dtype in ("float16", "bfloat16", "float32", "float64")
         and all(shape[axis] == 1 for axis in range(first, last) if axis not in plan.axes)
         and all(_by_feature(value, plan) for value in adjustment or ())
-        and not tf.config.list_physical_devices("GPU")
+        and on_cpu()
         and not (not tf.executing_eagerly() and control_flow_util.GraphOrParentsInXlaContext(_graph()))
     )
+
+
+def on_cpu() -> bool:
+    """Tell whether there is nothing but CPUs to compute on."""
+    return not tf.config.list_physical_devices("GPU")
 
 
 def forward(

@@ -734,7 +734,7 @@ def test_fused_says_which_kernel_serves(training: bool) -> None:
         ({"adjustment": lambda shape: (np.ones(3), 0.5)}, "native"),
         ({"adjustment": lambda shape: (np.ones((4, 1, 1, 1)), 0.5)}, "composed"),
     ],
-    ids=str,
+    ids=["side by side", "apart", "renorm and virtual batches", "by feature", "by sample"],
 )
 def test_the_native_kernels_serve_whatever_is_one_map_per_feature_over_adjacent_axes(
     options: dict[str, Any], kernel: str

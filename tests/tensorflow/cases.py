@@ -35,9 +35,12 @@ class Case:
         batches = [random.normal(0.5, 2.0, self.shape).astype(dtype) for _ in range(STEPS + 1)]
         return batches, random.normal(size=self.shape).astype(dtype)
 
-    def steepness(self, step: int) -> float:
-        """The largest term of dx, |dy|/σ; terms cancel, all of them where there are two values, so rounding shows."""
-        batches, loss_weights = self.inputs()
+    def sigma(self, step: int) -> float:
+        """The least standard deviation that values may be divided by at a step."""
+        epsilon = float(self.options.get("epsilon", 1e-3))
+        if step == STEPS:
+            return math.sqrt(epsilon)
+        batches, _ = self.inputs()
         axis = self.options["axis"]
         oracle = Oracle.build(
             self.shape,
@@ -45,8 +48,7 @@ class Case:
             virtual_batch_size=self.options.get("virtual_batch_size"),
         )
         least = min(variance for _, variance in oracle.moments(np.asarray(batches[step], np.float64)).values())
-        sigma = math.sqrt(least + self.options.get("epsilon", 1e-3))
-        return float(np.abs(np.asarray(loss_weights, np.float64)).max()) / sigma
+        return math.sqrt(least + epsilon)
 
     def adjustments(self) -> tuple[Any, Any] | None:
         if self.adjustment is None:
@@ -211,7 +213,12 @@ def assert_same(ours: dict[str, list[Any]], theirs: dict[str, list[Any]], case: 
                 # Variables are in float32 also for 16-bit inputs.
                 tolerance = TOLERANCE["float32" if kind == "variables" and case.dtype != "float64" else case.dtype]
                 largest = max(1.0, float(np.abs(wide).max(initial=0.0)))
-                if kind == "gradients" and index == 0 and step < STEPS:
-                    largest = max(largest, case.steepness(step))
                 bound = tolerance * largest
+                # Terms cancel, all of them where there are one or two values; then the rounding of the largest shows.
+                batches, loss_weights = case.inputs()
+                if kind == "gradients" and index == 0 and step < STEPS:
+                    bound = max(bound, tolerance * np.abs(np.asarray(loss_weights, float)).max() / case.sigma(step))
+                if kind == "outputs":
+                    rounding = 8 * np.finfo(np.float64 if case.dtype == "float64" else np.float32).eps
+                    bound = max(bound, rounding * np.abs(np.asarray(batches[step], float)).max() / case.sigma(step))
                 np.testing.assert_allclose(np.asarray(actual, np.float64), wide, rtol=0, atol=bound, err_msg=where)

@@ -274,9 +274,9 @@ class BatchNormalization:
         x = np.asarray(inputs)
         key = x.shape, x.dtype, bool(training)
         view, plan = self._views.get(key), self._geometry
-        if (
-            view is None or plan is None
-        ):  # of these inputs for the first time; whatever can be wrong is found before a variable is made
+        first = view is None
+        if view is None or plan is None:
+            # Whatever can be wrong is found before a variable is made.
             _floating("inputs", x.dtype)
             plan = plan or geometry.plan(x.shape, self._axis, self.options.virtual_batch_size)
             plan.check_input(x.shape)
@@ -295,7 +295,8 @@ class BatchNormalization:
                 self.kernel = kernels.COMPOSED
         if self._geometry is None:
             self.build(x.shape, x.dtype)
-        self._views[key] = view
+        if first:
+            self._views[key] = view
         if not training:
             return self._infer(x, view.canonical if self.kernel == native.KERNEL else None)
         if self.kernel == native.KERNEL and view.canonical is not None:
@@ -526,10 +527,8 @@ def _raw(x: Array) -> Array:
 
 def _by_feature(adjustment: Pair, plan: Geometry) -> Pair | None:
     """An adjustment with one value for each feature, or None where it varies within a feature."""
-    for value in adjustment:
-        lead = plan.rank - value.ndim
-        if any(size != 1 and lead + axis not in plan.axes for axis, size in enumerate(value.shape)):
-            return None
+    if not all(plan.is_by_feature(value.shape) for value in adjustment):
+        return None
     scale, bias = (np.ascontiguousarray(np.broadcast_to(value, plan.input_shape)) for value in adjustment)
     return scale, bias
 

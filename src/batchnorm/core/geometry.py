@@ -98,6 +98,15 @@ class Geometry:
             )
         return (size, shape[0] // size, *shape[1:])
 
+    def lie_together(self, shape: Sequence[int | None]) -> bool:
+        """Tell whether nothing but feature axes, and axes of size 1, lies between the first and the last of them."""
+        return all(shape[axis] == 1 for axis in range(self.axes[0], self.axes[-1]) if axis not in self.axes)
+
+    def is_by_feature(self, shape: Sequence[int | None]) -> bool:
+        """Tell whether an array of this shape has one value for each feature when broadcast against the input."""
+        lead = self.rank - len(shape)
+        return all(size == 1 or lead + axis in self.axes for axis, size in enumerate(shape))
+
     def canonical(self, shape: Sequence[int]) -> Canonical | None:
         """See an input of this shape as the native kernels do; None where feature axes lie apart.
 
@@ -106,9 +115,9 @@ class Geometry:
         >>> plan((32, 7, 7, 64), -1, 8).canonical((32, 7, 7, 64))
         Canonical(rows=1568, groups=4, span=49, features=64, inner=1)
         """
-        first, last = self.axes[0], self.axes[-1]
-        if any(shape[axis] != 1 for axis in range(first, last) if axis not in self.axes):
+        if not self.lie_together(shape):
             return None
+        first, last = self.axes[0], self.axes[-1]
         before, after = math.prod(shape[:first]), math.prod(shape[last + 1 :])
         features = math.prod(size for _, size in self.features)
         if self.virtual_batch_size is None:

@@ -39,12 +39,11 @@ def serves(plan: Geometry, shape: list[int | None], dtype: str | None, adjustmen
     They are for CPUs, and XLA does not know them. Feature axes must lie together, and an adjustment must have one
     value for each feature.
     """
-    first, last = plan.axes[0], plan.axes[-1]
     return (
         _operations is not None
         and dtype in ("float16", "bfloat16", "float32", "float64")
-        and all(shape[axis] == 1 for axis in range(first, last) if axis not in plan.axes)
-        and all(_by_feature(value, plan) for value in adjustment or ())
+        and plan.lie_together(shape)
+        and all(v.shape.rank is not None and plan.is_by_feature(v.shape.as_list()) for v in adjustment or ())
         and on_cpu()
         and not (not tf.executing_eagerly() and control_flow_util.GraphOrParentsInXlaContext(_graph()))
     )
@@ -119,13 +118,6 @@ def forward(
         groups = tf.cast(tf.shape(group_mean)[0], wide)
         moments = algebra.average_groups(xp, moments, 0, groups)
     return y, Moments(*(tf.stop_gradient(tf.reshape(moment, plan.parameter_shape)) for moment in moments))
-
-
-def _by_feature(value: Any, plan: Geometry) -> bool:
-    if value.shape.rank is None:
-        return False
-    lead = plan.rank - value.shape.rank
-    return all(size == 1 or lead + axis in plan.axes for axis, size in enumerate(value.shape.as_list()))
 
 
 def _graph() -> Any:

@@ -8,7 +8,8 @@ namespace {
 constexpr int64_t SERIAL = 1 << 15;       // values below which waking another thread takes longer than the work
 constexpr int64_t CACHE = 256 * 1024;     // bytes of a block that should stay in the second level of cache
 constexpr int64_t STRETCH = 4096;         // bytes that should be read side by side
-constexpr int64_t WIDE = 256;             // features up to which rows are joined
+constexpr int64_t WIDE = 512;             // features up to which rows are joined
+constexpr int64_t FAR = 16 << 20;         // bytes from which on a sweep finds little of its data in a cache
 
 template <class F>
 void run_tasks(int64_t tasks, bool serial, F&& task) {
@@ -167,6 +168,14 @@ struct Rows {
     if (!backwards) block<ARRAYS>(arrays, group, whole, end, 1, body);
   }
 
+  template <class Body>
+  void from_where(int64_t arrays, Body&& body) const {
+    if (v.size() * static_cast<int64_t>(sizeof(Stored)) * arrays >= FAR)
+      body(FromMemory{});
+    else
+      body(FromCache{});
+  }
+
   void spread(Value* values) const {  // repeat by-feature values over a wide row
     for (int64_t c = v.features; c < wide(); c++) values[c] = values[c - v.features];
   }
@@ -177,7 +186,7 @@ struct Rows {
     for (int64_t c = 0; c < n; c++) sums[c] = 0;
   }
 
-  // origin, sum and squares have room for a wide row.
+  // Sums of distances from an origin near the data. origin, sum and squares have room for a wide row.
   void moments(const Stored* x, int64_t group, int64_t begin, int64_t end, Value* origin, double* sum,
                double* squares) const {
     zero(sum, wide());
@@ -190,10 +199,32 @@ struct Rows {
       origin[c] = first > begin ? static_cast<Value>(sum[c] / static_cast<double>(first - begin)) : 0;
     spread(origin);
     zero(sum, wide());
-    blocks<1>(arrays, group, begin, end, false,
-              [&](auto& p, int64_t n, int64_t f) { moments_rows<S>(p[0], n, f, origin, sum, squares); });
+    from_where(1, [&](auto source) {
+      blocks<1>(arrays, group, begin, end, false, [&](auto& p, int64_t n, int64_t f) {
+        moments_rows<S, decltype(source)>(p[0], n, f, origin, sum, squares);
+      });
+    });
     fold(sum);
     fold(squares);
+  }
+
+  // Of a whole group; sum and squares have room for a row.
+  void group_moments(const Stored* x, int64_t group, Value* mean, Value* variance, double* sum, double* squares) const {
+    int64_t rows = group_rows();
+    if (rows <= ROWS) {
+      for (int64_t c = 0; rows == 0 && c < v.features; c++) mean[c] = variance[c] = 0;
+      const Stored* const arrays[1] = {x};
+      block<1>(arrays, group, 0, rows, 1,
+               [&](auto& p, int64_t n, int64_t f) { moments_few_rows<S>(p[0], n, f, mean, variance); });
+      return;
+    }
+    moments(x, group, 0, rows, mean, sum, squares);
+    double inverse = 1 / static_cast<double>(rows);
+    for (int64_t c = 0; c < v.features; c++) {
+      double delta = sum[c] * inverse, square = squares[c] * inverse - delta * delta;
+      mean[c] = static_cast<Value>(static_cast<double>(mean[c]) + delta);
+      variance[c] = static_cast<Value>(square < 0 ? 0 : square);
+    }
   }
 
   void scale(const Stored* x, Stored* y, int64_t group, int64_t begin, int64_t end, const Value* origin,
@@ -206,11 +237,17 @@ struct Rows {
 
   void sums(const Stored* x, const Stored* dy, int64_t group, int64_t begin, int64_t end, const Value* origin,
             double* sum, double* centered) const {
+    const Stored* const arrays[2] = {x, dy};
+    if (v.groups > 1 && end - begin <= ROWS && begin < end)
+      return block<2>(arrays, group, begin, end, 1, [&](auto& p, int64_t n, int64_t f) {
+        gradient_sums_few_rows<S>(p[0], p[1], n, f, origin, sum, centered);
+      });
     zero(sum, wide());
     zero(centered, wide());
-    const Stored* const arrays[2] = {x, dy};
-    blocks<2>(arrays, group, begin, end, false, [&](auto& p, int64_t n, int64_t f) {
-      gradient_sums_rows<S>(p[0], p[1], n, f, origin, sum, centered);
+    from_where(2, [&](auto source) {
+      blocks<2>(arrays, group, begin, end, false, [&](auto& p, int64_t n, int64_t f) {
+        gradient_sums_rows<S, decltype(source)>(p[0], p[1], n, f, origin, sum, centered);
+      });
     });
     fold(sum);
     fold(centered);
@@ -239,22 +276,35 @@ struct Rows {
 
 // ---- The little arithmetic between the passes; it mirrors batchnorm/core/algebra.py.
 
-template <class Value>
-void coefficients(const Forward& p, int64_t c, double mean, double variance, double r, double d, Value* origin,
-                  Value* scale, Value* shift) {
-  double s = r / root(variance + p.epsilon), o = d;
-  if (p.adjustment_scale) {
-    s *= p.adjustment_scale.get(c);
-    o = o * p.adjustment_scale.get(c) + p.adjustment_bias.get(c);
+// Every option in two numbers for each feature: y = (x - m)/sigma·factor + offset. With renorm, after `correction`.
+void options(const Forward& p, int64_t c0, int64_t c1, double* factor, double* offset) {
+  for (int64_t c = c0; c < c1; c++) {
+    double f = p.r ? p.r.get(c) : 1, o = p.r ? p.d.get(c) : 0;
+    if (p.adjustment_scale) {
+      f *= p.adjustment_scale.get(c);
+      o = o * p.adjustment_scale.get(c) + p.adjustment_bias.get(c);
+    }
+    if (p.gamma) {
+      f *= p.gamma.get(c);
+      o *= p.gamma.get(c);
+    }
+    if (p.beta) o += p.beta.get(c);
+    factor[c - c0] = f;
+    offset[c - c0] = o;
   }
-  if (p.gamma) {
-    s *= p.gamma.get(c);
-    o *= p.gamma.get(c);
+}
+
+// y = (x - origin)·scale + shift, of n features.
+template <class M, class Value>
+void coefficients(int64_t n, double epsilon, const double* factor, const double* offset, const M* mean,
+                  const M* variance, Value* __restrict origin, Value* __restrict scale, Value* __restrict shift) {
+  for (int64_t c = 0; c < n; c++) {
+    double s = factor[c] / root(static_cast<double>(variance[c]) + epsilon);
+    Value near = static_cast<Value>(mean[c]);
+    scale[c] = static_cast<Value>(s);
+    shift[c] = static_cast<Value>(offset[c] + (static_cast<double>(near) - static_cast<double>(mean[c])) * s);
+    origin[c] = near;
   }
-  if (p.beta) o += p.beta.get(c);
-  *origin = static_cast<Value>(mean);
-  *scale = static_cast<Value>(s);
-  *shift = static_cast<Value>(o + (static_cast<double>(*origin) - mean) * s);
 }
 
 void correction(const Forward& p, int64_t c, double mean, double variance) {
@@ -268,22 +318,30 @@ void correction(const Forward& p, int64_t c, double mean, double variance) {
   p.d.set(c, d);
 }
 
-double r_of(const Forward& p, int64_t c) { return p.renorm_mean ? p.r.get(c) : 1; }
-double d_of(const Forward& p, int64_t c) { return p.renorm_mean ? p.d.get(c) : 0; }
+void options(const Backward& p, int64_t c0, int64_t c1, double* factor) {
+  for (int64_t c = c0; c < c1; c++) {
+    double f = p.gamma ? p.gamma.get(c) : 1;
+    if (p.r) f *= p.r.get(c);
+    if (p.adjustment_scale) f *= p.adjustment_scale.get(c);
+    factor[c - c0] = f;
+  }
+}
 
-// Returns 1/sigma.
+// dx = dy·dy_weight + (x - origin)·x_weight + constant, of n features with `count` values each. Adds the sums of dy and
+// of dy·(x - m)/sigma to `all` and `normalized`.
 template <class Value>
-double combination(const Backward& p, int64_t group, int64_t c, double sum, double centered, Value* dy_weight,
-                   Value* x_weight, Value* constant) {
-  double n = static_cast<double>(most<int64_t>(p.view.count(), 1));
-  double inverse = 1 / root(p.variance.get(group * p.view.features + c) + p.epsilon), k = inverse;
-  if (p.gamma) k *= p.gamma.get(c);
-  if (p.r) k *= p.r.get(c);
-  if (p.adjustment_scale) k *= p.adjustment_scale.get(c);
-  *dy_weight = static_cast<Value>(k);
-  *x_weight = static_cast<Value>(-k * inverse * inverse * (centered / n));
-  *constant = static_cast<Value>(-k * (sum / n));
-  return inverse;
+void combination(int64_t n, int64_t count, double epsilon, const double* factor, const Value* variance,
+                 const double* sum, const double* centered, Value* __restrict dy_weight, Value* __restrict x_weight,
+                 Value* __restrict constant, double* __restrict all, double* __restrict normalized) {
+  double share = 1 / static_cast<double>(most<int64_t>(count, 1));
+  for (int64_t c = 0; c < n; c++) {
+    double inverse = 1 / root(static_cast<double>(variance[c]) + epsilon), k = factor[c] * inverse;
+    dy_weight[c] = static_cast<Value>(k);
+    x_weight[c] = static_cast<Value>(-k * inverse * inverse * (centered[c] * share));
+    constant[c] = static_cast<Value>(-k * (sum[c] * share));
+    all[c] += sum[c];
+    normalized[c] += centered[c] * inverse;
+  }
 }
 
 // Gradients of the parameters from the sums, over all groups, of dy and of dy·(x - m)/sigma.
@@ -297,9 +355,20 @@ void parameter_gradients(const Backward& p, int64_t c, double sum, double normal
   if (p.dadjustment_bias) p.dadjustment_bias.set(c, gamma * sum);
 }
 
+// n values from the i-th on, as they are where the types agree.
 template <class Value>
-Value origin_of(const Values& mean, int64_t i) {
-  return static_cast<Value>(mean.get(i));
+void read(const Values& from, int64_t i, int64_t n, Value* to) {
+  if (from.wide == (sizeof(Value) == 8))
+    std::memcpy(to, static_cast<const Value*>(from.data) + i, static_cast<size_t>(n) * sizeof(Value));
+  else
+    for (int64_t c = 0; c < n; c++) to[c] = static_cast<Value>(from.get(i + c));
+}
+template <class Value>
+void write(const Values& to, int64_t i, int64_t n, const Value* from) {
+  if (to.wide == (sizeof(Value) == 8))
+    std::memcpy(static_cast<Value*>(to.data) + i, from, static_cast<size_t>(n) * sizeof(Value));
+  else
+    for (int64_t c = 0; c < n; c++) to.set(i + c, static_cast<double>(from[c]));
 }
 
 // ---- Forward.
@@ -315,23 +384,21 @@ void forward_inner(const Forward& p) {
   run_tasks(ceil_div(v.features, block), serial, [&](int64_t task) {
     int64_t c0 = task * block, c1 = least(v.features, c0 + block), width = c1 - c0;
     int64_t kept = renorm ? v.groups : 1;
-    Carver carver(Slot::task, (kept * 2 + 5) * (width * 8 + 64));
+    Carver carver(Slot::task, (kept * 2 + 8) * (width * 8 + 64));
     double *mean = carver.take<double>(kept * width), *variance = carver.take<double>(kept * width);
+    double *factor = carver.take<double>(width), *offset = carver.take<double>(width);
     Inner<S> inner{v, carver.take<double>(width)};
     Value *origin = carver.take<Value>(width), *scale = carver.take<Value>(width), *shift = carver.take<Value>(width);
     auto finish = [&](int64_t g, const double* m, const double* var) {
-      for (int64_t c = c0; c < c1; c++)
-        coefficients<Value>(p, c, m[c - c0], var[c - c0], r_of(p, c), d_of(p, c), origin + (c - c0), scale + (c - c0),
-                            shift + (c - c0));
+      coefficients(width, p.epsilon, factor, offset, m, var, origin, scale, shift);
       inner.scale(x, y, g, c0, c1, origin, scale, shift);
     };
+    if (!renorm) options(p, c0, c1, factor, offset);
     for (int64_t g = 0; g < v.groups; g++) {
       double *m = mean + (renorm ? g * width : 0), *var = variance + (renorm ? g * width : 0);
       inner.moments(x, g, c0, c1, m, var);
-      for (int64_t c = c0; c < c1; c++) {
-        p.mean.set(g * v.features + c, m[c - c0]);
-        p.variance.set(g * v.features + c, var[c - c0]);
-      }
+      write(p.mean, g * v.features + c0, width, m);
+      write(p.variance, g * v.features + c0, width, var);
       if (!renorm) finish(g, m, var);
     }
     if (!renorm) return;
@@ -341,12 +408,13 @@ void forward_inner(const Forward& p) {
       double groups = static_cast<double>(most<int64_t>(v.groups, 1));
       correction(p, c0 + c, m / groups, var / groups);
     }
+    options(p, c0, c1, factor, offset);
     for (int64_t g = v.groups - 1; g >= 0; g--) finish(g, mean + g * width, variance + g * width);
   });
 }
 
-// Moments of a whole batch in pieces that go to several threads, put together in a fixed order. `take` gets them by
-// feature, on several threads too.
+// Moments of a whole batch in pieces that go to several threads, put together in a fixed order. `take(c0, c1, mean,
+// variance)` gets those of features [c0, c1), on several threads too.
 template <class S>
 int64_t moments_whole_bytes(const View& v, int64_t pieces) {
   return 3 * (pieces * (Rows<S>{v}.wide() + 16) * 8 + 64);
@@ -364,23 +432,31 @@ void moments_whole(Carver& carver, const View& v, const typename S::Stored* x, b
     rows.moments(x, 0, rows.begin(j, pieces), rows.begin(j + 1, pieces), origins + j * wide, sums + j * wide,
                  squares + j * wide);
   });
-  constexpr int64_t FEATURES = 256;
+  constexpr int64_t FEATURES = 256;  // in one task
   double inverse = v.rows ? 1 / static_cast<double>(v.rows) : 0;
   run_tasks(ceil_div(v.features, FEATURES), serial || v.features <= FEATURES, [&](int64_t task) {
-    for (int64_t c = task * FEATURES; c < least(v.features, (task + 1) * FEATURES); c++) {
-      double mean = 0, square = 0;
-      for (int64_t j = 0; j < pieces; j++) {
-        double n = static_cast<double>(rows.begin(j + 1, pieces) - rows.begin(j, pieces));
-        mean += (sums[j * wide + c] + n * static_cast<double>(origins[j * wide + c])) * inverse;
+    int64_t c0 = task * FEATURES, width = least(v.features - c0, FEATURES);
+    double mean[FEATURES], variance[FEATURES];
+    for (int64_t c = 0; c < width; c++) mean[c] = variance[c] = 0;
+    auto each = [&](auto&& add) {
+      for (int64_t j = 0; j < pieces; j++)
+        add(static_cast<double>(rows.begin(j + 1, pieces) - rows.begin(j, pieces)), j * wide + c0);
+    };
+    each([&](double n, int64_t at) {
+      for (int64_t c = 0; c < width; c++) mean[c] += sums[at + c] + n * static_cast<double>(origins[at + c]);
+    });
+    for (int64_t c = 0; c < width; c++) mean[c] *= inverse;
+    each([&](double n, int64_t at) {  // each piece measured from the mean of all
+      for (int64_t c = 0; c < width; c++) {
+        double apart = static_cast<double>(origins[at + c]) - mean[c];
+        variance[c] += squares[at + c] + apart * (2 * sums[at + c] + n * apart);
       }
-      for (int64_t j = 0; j < pieces; j++) {  // each piece measured from the mean of all
-        double n = static_cast<double>(rows.begin(j + 1, pieces) - rows.begin(j, pieces));
-        double apart = static_cast<double>(origins[j * wide + c]) - mean;
-        square += squares[j * wide + c] + apart * (2 * sums[j * wide + c] + n * apart);
-      }
-      double variance = square * inverse;
-      take(c, mean, variance < 0 ? 0 : variance);
+    });
+    for (int64_t c = 0; c < width; c++) {
+      variance[c] *= inverse;
+      variance[c] = variance[c] < 0 ? 0 : variance[c];
     }
+    take(c0, c0 + width, mean, variance);
   });
 }
 
@@ -393,13 +469,15 @@ void forward_rows_whole(const Forward& p) {
   bool serial = v.size() < SERIAL;
   Rows<S> rows{v};
   int64_t wide = rows.wide(), pieces = rows.pieces(serial);
-  Carver carver(Slot::call, 3 * (wide * 8 + 64) + moments_whole_bytes<S>(v, pieces));
+  Carver carver(Slot::call, 5 * (wide * 8 + 64) + moments_whole_bytes<S>(v, pieces));
   Value *origin = carver.take<Value>(wide), *scale = carver.take<Value>(wide), *shift = carver.take<Value>(wide);
-  moments_whole<S>(carver, v, x, serial, pieces, [&](int64_t c, double mean, double variance) {
-    p.mean.set(c, mean);
-    p.variance.set(c, variance);
-    if (p.renorm_mean) correction(p, c, mean, variance);
-    coefficients<Value>(p, c, mean, variance, r_of(p, c), d_of(p, c), origin + c, scale + c, shift + c);
+  double *factor = carver.take<double>(wide), *offset = carver.take<double>(wide);
+  moments_whole<S>(carver, v, x, serial, pieces, [&](int64_t c0, int64_t c1, const double* mean, const double* variance) {
+    write(p.mean, c0, c1 - c0, mean);
+    write(p.variance, c0, c1 - c0, variance);
+    for (int64_t c = c0; p.renorm_mean && c < c1; c++) correction(p, c, mean[c - c0], variance[c - c0]);
+    options(p, c0, c1, factor + c0, offset + c0);
+    coefficients(c1 - c0, p.epsilon, factor + c0, offset + c0, mean, variance, origin + c0, scale + c0, shift + c0);
   });
   rows.spread(origin);
   rows.spread(scale);
@@ -427,39 +505,47 @@ void forward_rows_groups(const Forward& p) {
   auto* y = static_cast<typename S::Stored*>(p.y);
   bool serial = v.size() < SERIAL, renorm = static_cast<bool>(p.renorm_mean);
   Rows<S> rows{v};
-  int64_t n = rows.group_rows(), f = v.features;
+  int64_t f = v.features;
   GroupBlocks blocks(v, serial);
+  Carver call(Slot::call, 4 * (f * 8 + 64));
+  double *factor = call.take<double>(f), *offset = call.take<double>(f);
   auto phase = [&](bool measure, bool normalize) {
     run_tasks(blocks.tasks, serial, [&](int64_t task) {
-      Carver carver(Slot::task, 5 * (f * 8 + 64));
+      Carver carver(Slot::task, 7 * (f * 8 + 64));
       double *sum = carver.take<double>(f), *squares = carver.take<double>(f);
+      Value *mean = carver.take<Value>(f), *variance = carver.take<Value>(f);
       Value *origin = carver.take<Value>(f), *scale = carver.take<Value>(f), *shift = carver.take<Value>(f);
       for (int64_t g = task * blocks.size; g < least(v.groups, (task + 1) * blocks.size); g++) {
         if (measure) {
-          rows.moments(x, g, 0, n, origin, sum, squares);
-          for (int64_t c = 0; c < f; c++) {
-            double delta = n ? sum[c] / static_cast<double>(n) : 0;
-            double variance = n ? squares[c] / static_cast<double>(n) - delta * delta : 0;
-            p.mean.set(g * f + c, static_cast<double>(origin[c]) + delta);
-            p.variance.set(g * f + c, variance < 0 ? 0 : variance);
-          }
+          rows.group_moments(x, g, mean, variance, sum, squares);
+          write(p.mean, g * f, f, mean);
+          write(p.variance, g * f, f, variance);
+        } else {
+          read(p.mean, g * f, f, mean);
+          read(p.variance, g * f, f, variance);
         }
         if (normalize) {
-          for (int64_t c = 0; c < f; c++)
-            coefficients<Value>(p, c, p.mean.get(g * f + c), p.variance.get(g * f + c), r_of(p, c), d_of(p, c),
-                                origin + c, scale + c, shift + c);
-          rows.scale(x, y, g, 0, n, origin, scale, shift);
+          coefficients(f, p.epsilon, factor, offset, mean, variance, origin, scale, shift);
+          rows.scale(x, y, g, 0, rows.group_rows(), origin, scale, shift);
         }
       }
     });
   };
-  if (!renorm) return phase(true, true);
-  phase(true, false);
-  for (int64_t c = 0; c < f; c++) {
-    double mean = 0, variance = 0, groups = static_cast<double>(most<int64_t>(v.groups, 1));
-    for (int64_t g = 0; g < v.groups; g++) mean += p.mean.get(g * f + c), variance += p.variance.get(g * f + c);
-    correction(p, c, mean / groups, variance / groups);
+  if (!renorm) {
+    options(p, 0, f, factor, offset);
+    return phase(true, true);
   }
+  phase(true, false);
+  double *mean = call.take<double>(f), *variance = call.take<double>(f);
+  for (int64_t c = 0; c < f; c++) mean[c] = variance[c] = 0;
+  for (int64_t g = 0; g < v.groups; g++)
+    for (int64_t c = 0; c < f; c++) {
+      mean[c] += p.mean.get(g * f + c);
+      variance[c] += p.variance.get(g * f + c);
+    }
+  double groups = static_cast<double>(most<int64_t>(v.groups, 1));
+  for (int64_t c = 0; c < f; c++) correction(p, c, mean[c] / groups, variance[c] / groups);
+  options(p, 0, f, factor, offset);
   phase(false, true);
 }
 
@@ -482,21 +568,22 @@ void backward_inner(const Backward& p) {
   int64_t block = Inner<S>{v}.block(2, false, serial);
   run_tasks(ceil_div(v.features, block), serial, [&](int64_t task) {
     int64_t c0 = task * block, c1 = least(v.features, c0 + block), width = c1 - c0;
-    Carver carver(Slot::task, 8 * (width * 8 + 64));
+    Carver carver(Slot::task, 10 * (width * 8 + 64));
     double *sum = carver.take<double>(width), *centered = carver.take<double>(width);
     double *all = carver.take<double>(width), *normalized = carver.take<double>(width);
-    Value *origin = carver.take<Value>(width), *dy_weight = carver.take<Value>(width);
-    Value *x_weight = carver.take<Value>(width), *constant = carver.take<Value>(width);
+    double* factor = carver.take<double>(width);
+    Value *origin = carver.take<Value>(width), *variance = carver.take<Value>(width);
+    Value *dy_weight = carver.take<Value>(width), *x_weight = carver.take<Value>(width);
+    Value* constant = carver.take<Value>(width);
     Inner<S> inner{v};
+    options(p, c0, c1, factor);
     for (int64_t c = 0; c < width; c++) all[c] = normalized[c] = 0;
     for (int64_t g = 0; g < v.groups; g++) {
-      for (int64_t c = 0; c < width; c++) origin[c] = origin_of<Value>(p.mean, g * v.features + c0 + c);
+      read(p.mean, g * v.features + c0, width, origin);
+      read(p.variance, g * v.features + c0, width, variance);
       inner.sums(x, dy, g, c0, c1, origin, sum, centered);
-      for (int64_t c = 0; c < width; c++) {
-        double inverse = combination<Value>(p, g, c0 + c, sum[c], centered[c], dy_weight + c, x_weight + c, constant + c);
-        all[c] += sum[c];
-        normalized[c] += centered[c] * inverse;
-      }
+      combination(width, v.count(), p.epsilon, factor, variance, sum, centered, dy_weight, x_weight, constant, all,
+                  normalized);
       inner.combine(x, dy, dx, g, c0, c1, origin, dy_weight, x_weight, constant);
     }
     for (int64_t c = 0; c < width; c++) parameter_gradients(p, c0 + c, all[c], normalized[c]);
@@ -508,21 +595,23 @@ int64_t sums_whole_bytes(const View& v, int64_t pieces) {
   return 2 * (pieces * (Rows<S>{v}.wide() + 16) * 8 + 64);
 }
 
-template <class S, class Take>
+// Sums over a whole batch, in the first piece of `sums` and of `centered`.
+template <class S>
 void sums_whole(Carver& carver, const View& v, const typename S::Stored* x, const typename S::Stored* dy,
-                const typename S::Value* origin, bool serial, int64_t pieces, Take&& take) {
+                const typename S::Value* origin, bool serial, int64_t pieces, double*& sums, double*& centered) {
   Rows<S> rows{v};
   int64_t wide = (rows.wide() + 15) / 16 * 16;
-  double *sums = carver.take<double>(pieces * wide), *centered = carver.take<double>(pieces * wide);
+  sums = carver.take<double>(pieces * wide);
+  centered = carver.take<double>(pieces * wide);
   run_tasks(pieces, serial, [&](int64_t j) {
     rows.sums(x, dy, 0, rows.begin(j, pieces), rows.begin(j + 1, pieces), origin, sums + j * wide,
               centered + j * wide);
   });
-  for (int64_t c = 0; c < v.features; c++) {
-    double s = 0, t = 0;
-    for (int64_t j = 0; j < pieces; j++) s += sums[j * wide + c], t += centered[j * wide + c];
-    take(c, s, t);
-  }
+  for (int64_t j = 1; j < pieces; j++)
+    for (int64_t c = 0; c < v.features; c++) {
+      sums[c] += sums[j * wide + c];
+      centered[c] += centered[j * wide + c];
+    }
 }
 
 template <class S>
@@ -534,15 +623,21 @@ void backward_rows_whole(const Backward& p) {
   bool serial = v.size() < SERIAL;
   Rows<S> rows{v};
   int64_t wide = rows.wide(), pieces = rows.pieces(serial);
-  Carver carver(Slot::call, 4 * (wide * 8 + 64) + sums_whole_bytes<S>(v, pieces));
-  Value *origin = carver.take<Value>(wide), *dy_weight = carver.take<Value>(wide);
-  Value *x_weight = carver.take<Value>(wide), *constant = carver.take<Value>(wide);
-  for (int64_t c = 0; c < v.features; c++) origin[c] = origin_of<Value>(p.mean, c);
+  Carver carver(Slot::call, 8 * (wide * 8 + 64) + sums_whole_bytes<S>(v, pieces));
+  Value *origin = carver.take<Value>(wide), *variance = carver.take<Value>(wide);
+  Value *dy_weight = carver.take<Value>(wide), *x_weight = carver.take<Value>(wide);
+  Value* constant = carver.take<Value>(wide);
+  double *factor = carver.take<double>(wide), *all = carver.take<double>(wide), *normalized = carver.take<double>(wide);
+  read(p.mean, 0, v.features, origin);
+  read(p.variance, 0, v.features, variance);
   rows.spread(origin);
-  sums_whole<S>(carver, v, x, dy, origin, serial, pieces, [&](int64_t c, double sum, double centered) {
-    double inverse = combination<Value>(p, 0, c, sum, centered, dy_weight + c, x_weight + c, constant + c);
-    parameter_gradients(p, c, sum, centered * inverse);
-  });
+  options(p, 0, v.features, factor);
+  double *sums, *centered;
+  sums_whole<S>(carver, v, x, dy, origin, serial, pieces, sums, centered);
+  for (int64_t c = 0; c < v.features; c++) all[c] = normalized[c] = 0;
+  combination(v.features, v.count(), p.epsilon, factor, variance, sums, centered, dy_weight, x_weight, constant, all,
+              normalized);
+  for (int64_t c = 0; c < v.features; c++) parameter_gradients(p, c, all[c], normalized[c]);
   rows.spread(dy_weight);
   rows.spread(x_weight);
   rows.spread(constant);
@@ -562,23 +657,23 @@ void backward_rows_groups(const Backward& p) {
   Rows<S> rows{v};
   int64_t n = rows.group_rows(), f = v.features;
   GroupBlocks blocks(v, serial);
-  Carver call(Slot::call, 2 * (blocks.tasks * f * 8 + 64));
+  Carver call(Slot::call, 2 * (blocks.tasks * f * 8 + 64) + f * 8 + 64);
   double *all = call.take<double>(blocks.tasks * f), *normalized = call.take<double>(blocks.tasks * f);
+  double* factor = call.take<double>(f);
+  options(p, 0, f, factor);
   run_tasks(blocks.tasks, serial, [&](int64_t task) {
-    Carver carver(Slot::task, 6 * (f * 8 + 64));
+    Carver carver(Slot::task, 7 * (f * 8 + 64));
     double *sum = carver.take<double>(f), *centered = carver.take<double>(f);
-    Value *origin = carver.take<Value>(f), *dy_weight = carver.take<Value>(f);
-    Value *x_weight = carver.take<Value>(f), *constant = carver.take<Value>(f);
+    Value *origin = carver.take<Value>(f), *variance = carver.take<Value>(f);
+    Value *dy_weight = carver.take<Value>(f), *x_weight = carver.take<Value>(f), *constant = carver.take<Value>(f);
     double *own_all = all + task * f, *own_normalized = normalized + task * f;
     for (int64_t c = 0; c < f; c++) own_all[c] = own_normalized[c] = 0;
     for (int64_t g = task * blocks.size; g < least(v.groups, (task + 1) * blocks.size); g++) {
-      for (int64_t c = 0; c < f; c++) origin[c] = origin_of<Value>(p.mean, g * f + c);
+      read(p.mean, g * f, f, origin);
+      read(p.variance, g * f, f, variance);
       rows.sums(x, dy, g, 0, n, origin, sum, centered);
-      for (int64_t c = 0; c < f; c++) {
-        double inverse = combination<Value>(p, g, c, sum[c], centered[c], dy_weight + c, x_weight + c, constant + c);
-        own_all[c] += sum[c];
-        own_normalized[c] += centered[c] * inverse;
-      }
+      combination(f, v.count(), p.epsilon, factor, variance, sum, centered, dy_weight, x_weight, constant, own_all,
+                  own_normalized);
       rows.combine(x, dy, dx, g, 0, n, origin, dy_weight, x_weight, constant);
     }
   });
@@ -629,32 +724,31 @@ void moments(const Moments& p) {
   using Value = typename S::Value;
   const View& v = p.view;
   const auto* x = static_cast<const typename S::Stored*>(p.x);
-  auto put = [&](int64_t g, int64_t c, double mean, double variance) {
-    p.mean.set(g * v.features + c, mean);
-    p.variance.set(g * v.features + c, variance < 0 ? 0 : variance);
-  };
   if (v.inner > 1) {
     by_features<S>(v, 1, [&](int64_t g, int64_t c0, int64_t c1) {
       Carver carver(Slot::task, 3 * ((c1 - c0) * 8 + 64));
       double *mean = carver.take<double>(c1 - c0), *variance = carver.take<double>(c1 - c0);
       Inner<S>{v, carver.take<double>(c1 - c0)}.moments(x, g, c0, c1, mean, variance);
-      for (int64_t c = c0; c < c1; c++) put(g, c, mean[c - c0], variance[c - c0]);
+      write(p.mean, g * v.features + c0, c1 - c0, mean);
+      write(p.variance, g * v.features + c0, c1 - c0, variance);
     });
   } else if (v.groups == 1) {
     bool serial = v.size() < SERIAL;
     int64_t pieces = Rows<S>{v}.pieces(serial);
     Carver carver(Slot::call, moments_whole_bytes<S>(v, pieces));
     moments_whole<S>(carver, v, x, serial, pieces,
-                     [&](int64_t c, double mean, double variance) { put(0, c, mean, variance); });
+                     [&](int64_t c0, int64_t c1, const double* mean, const double* variance) {
+                       write(p.mean, c0, c1 - c0, mean);
+                       write(p.variance, c0, c1 - c0, variance);
+                     });
   } else {
-    by_rows<S>(v, [&](int64_t g, int64_t begin, int64_t end) {
-      Carver carver(Slot::task, 3 * (v.features * 8 + 64));
+    by_rows<S>(v, [&](int64_t g, int64_t, int64_t) {
+      Carver carver(Slot::task, 4 * (v.features * 8 + 64));
       double *sum = carver.take<double>(v.features), *squares = carver.take<double>(v.features);
-      Value* origin = carver.take<Value>(v.features);
-      Rows<S>{v}.moments(x, g, begin, end, origin, sum, squares);
-      double n = static_cast<double>(most<int64_t>(end - begin, 1));
-      for (int64_t c = 0; c < v.features; c++)
-        put(g, c, static_cast<double>(origin[c]) + sum[c] / n, squares[c] / n - sum[c] / n * (sum[c] / n));
+      Value *mean = carver.take<Value>(v.features), *variance = carver.take<Value>(v.features);
+      Rows<S>{v}.group_moments(x, g, mean, variance, sum, squares);
+      write(p.mean, g * v.features, v.features, mean);
+      write(p.variance, g * v.features, v.features, variance);
     });
   }
 }
@@ -667,9 +761,8 @@ struct Prepared {
     Carver carver(Slot::task, N * (wide * 8 + 64));
     for (int k = 0; k < N; k++) {
       values[k] = carver.take<typename S::Value>(wide);
-      for (int64_t c = c0; c < c1; c++)
-        values[k][c - c0] =
-            given[k] ? static_cast<typename S::Value>(given[k]->get(group * v.features + c)) : typename S::Value(0);
+      for (int64_t c = 0; !given[k] && c < c1 - c0; c++) values[k][c] = 0;
+      if (given[k]) read(*given[k], group * v.features + c0, c1 - c0, values[k]);
       if (wide > c1 - c0) Rows<S>{v}.spread(values[k]);
     }
   }
@@ -698,35 +791,35 @@ void gradient_sums(const GradientSums& p) {
   const View& v = p.view;
   const auto *x = static_cast<const typename S::Stored*>(p.x), *dy = static_cast<const typename S::Stored*>(p.dy);
   const Values* const given[1] = {&p.mean};
-  auto put = [&](int64_t g, int64_t c, double sum, double centered) {
-    p.dy_sum.set(g * v.features + c, sum);
-    p.dy_centered_sum.set(g * v.features + c, centered);
-  };
   if (v.inner > 1) {
     by_features<S>(v, 2, [&](int64_t g, int64_t c0, int64_t c1) {
       int64_t width = c1 - c0;
-      Carver call(Slot::call, 3 * (width * 8 + 64));
+      Carver call(Slot::call, 2 * (width * 8 + 64));
       double *sum = call.take<double>(width), *centered = call.take<double>(width);
       Prepared<S, 1> by(v, given, g, c0, c1, width);
       Inner<S>{v}.sums(x, dy, g, c0, c1, by.values[0], sum, centered);
-      for (int64_t c = 0; c < width; c++) put(g, c0 + c, sum[c], centered[c]);
+      write(p.dy_sum, g * v.features + c0, width, sum);
+      write(p.dy_centered_sum, g * v.features + c0, width, centered);
     });
   } else if (v.groups == 1) {
     bool serial = v.size() < SERIAL;
     int64_t wide = Rows<S>{v}.wide(), pieces = Rows<S>{v}.pieces(serial);
     Carver call(Slot::call, wide * 8 + 64 + sums_whole_bytes<S>(v, pieces));
     auto* origin = call.take<typename S::Value>(wide);
-    for (int64_t c = 0; c < v.features; c++) origin[c] = origin_of<typename S::Value>(p.mean, c);
+    read(p.mean, 0, v.features, origin);
     Rows<S>{v}.spread(origin);
-    sums_whole<S>(call, v, x, dy, origin, serial, pieces,
-                  [&](int64_t c, double sum, double centered) { put(0, c, sum, centered); });
+    double *sums, *centered;
+    sums_whole<S>(call, v, x, dy, origin, serial, pieces, sums, centered);
+    write(p.dy_sum, 0, v.features, sums);
+    write(p.dy_centered_sum, 0, v.features, centered);
   } else {
     by_rows<S>(v, [&](int64_t g, int64_t begin, int64_t end) {
       Carver call(Slot::call, 2 * (v.features * 8 + 64));
       double *sum = call.take<double>(v.features), *centered = call.take<double>(v.features);
       Prepared<S, 1> by(v, given, g, 0, v.features, v.features);
       Rows<S>{v}.sums(x, dy, g, begin, end, by.values[0], sum, centered);
-      for (int64_t c = 0; c < v.features; c++) put(g, c, sum[c], centered[c]);
+      write(p.dy_sum, g * v.features, v.features, sum);
+      write(p.dy_centered_sum, g * v.features, v.features, centered);
     });
   }
 }

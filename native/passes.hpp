@@ -258,32 +258,44 @@ void sum_rows(const typename S::Stored* const* rows, int64_t n, int64_t features
     for (int64_t i = 0; i < n; i++) sums[c] += S::one(rows[i] + c);
 }
 
-// Columns that sums are carried for at a time, and rows that are read at a time: rows are long runs of memory, and
-// reading a few of them side by side spares most of the loads and stores of the sums.
-constexpr int64_t TILE = 512;
+// Columns that sums are carried for at a time.
+constexpr int64_t TILE = 1024;
+
+// How rows are read for sums. From the cache: several abreast, which spares most of the loads and stores of the sums.
+// From memory: one after another, each asked for well before it is needed; that alone keeps memory busy.
 constexpr int64_t ABREAST = 8;
+constexpr int64_t AHEAD = 16 * 1024;  // bytes
+struct FromCache {
+  static constexpr int64_t ROWS_AT_ONCE = ABREAST;
+  static void ahead(const void*) {}
+};
+struct FromMemory {
+  static constexpr int64_t ROWS_AT_ONCE = 1;
+  static void ahead(const void* p) { __builtin_prefetch(static_cast<const char*>(p) + AHEAD); }
+};
 
 // Adds to sums and seconds, by column, what `terms(i, c, &first, &second)` gives for vector c of row i; `one` does so
 // for a single column.
-template <class S, class Terms, class One>
+template <class S, class Source, class Terms, class One>
 void sum_rows_by(int64_t n, int64_t features, double* sums, double* seconds, Terms&& terms, One&& one) {
   using V = typename S::Vector;
   using Value = typename S::Value;
+  constexpr int64_t AT_ONCE = Source::ROWS_AT_ONCE;
   Value first[TILE], second[TILE];
   int64_t vectors = features / W * W;
   for (int64_t tile = 0; tile < vectors; tile += TILE) {
     int64_t width = least(TILE, vectors - tile);
-    for (int64_t i = 0; i < n; i += ABREAST) {
-      int64_t rows = least(ABREAST, n - i);
+    for (int64_t i = 0; i < n; i += AT_ONCE) {
+      int64_t rows = least(AT_ONCE, n - i);
       for (int64_t c = 0; c < width; c += W) {
         V s = {}, t = {};
         if (i > 0) {
           s = load_bits<V>(first + c);
           t = load_bits<V>(second + c);
         }
-        if (rows == ABREAST) {
+        if (rows == AT_ONCE) {
 #pragma GCC unroll 8
-          for (int64_t k = 0; k < ABREAST; k++) terms(i + k, tile + c, s, t);
+          for (int64_t k = 0; k < AT_ONCE; k++) terms(i + k, tile + c, s, t);
         } else {
           for (int64_t k = 0; k < rows; k++) terms(i + k, tile + c, s, t);
         }
@@ -300,13 +312,14 @@ void sum_rows_by(int64_t n, int64_t features, double* sums, double* seconds, Ter
     for (int64_t i = 0; i < n; i++) one(i, c, sums[c], seconds[c]);
 }
 
-template <class S>
+template <class S, class Source>
 void moments_rows(const typename S::Stored* const* rows, int64_t n, int64_t features,
                   const typename S::Value* origin, double* sums, double* squares) {
   using V = typename S::Vector;
-  sum_rows_by<S>(
+  sum_rows_by<S, Source>(
       n, features, sums, squares,
       [&](int64_t i, int64_t c, V& s, V& q) {
+        Source::ahead(rows[i] + c);
         V v = S::load(rows[i] + c) - load_bits<V>(origin + c);
         s += v;
         q += v * v;
@@ -316,6 +329,47 @@ void moments_rows(const typename S::Stored* const* rows, int64_t n, int64_t feat
         s += v;
         q += v * v;
       });
+}
+
+// Mean and variance of a few rows in K vectors of columns from c on, which are read twice, the second time from the
+// nearest cache. Two vectors are a whole line of it, on whose address rows that lie apart often agree.
+template <class S, int K>
+void moments_few(const typename S::Stored* const* rows, int64_t n, int64_t c, typename S::Value* mean,
+                 typename S::Value* variance) {
+  using V = typename S::Vector;
+  typename S::Value inverse = 1 / static_cast<typename S::Value>(n);
+  V m[K] = {}, s[K] = {}, q[K] = {};
+  for (int64_t i = 0; i < n; i++)
+    for (int k = 0; k < K; k++) m[k] += S::load(rows[i] + c + k * W);
+  for (int k = 0; k < K; k++) m[k] *= inverse;
+  for (int64_t i = 0; i < n; i++)
+    for (int k = 0; k < K; k++) {
+      V v = S::load(rows[i] + c + k * W) - m[k];
+      s[k] += v;
+      q[k] += v * v;
+    }
+  for (int k = 0; k < K; k++) {
+    V delta = s[k] * inverse, v = q[k] * inverse - delta * delta;
+    store_bits(mean + c + k * W, m[k] + delta);
+    store_bits(variance + c + k * W, v < 0 ? V{} : v);
+  }
+}
+
+// Of all columns.
+template <class S>
+void moments_few_rows(const typename S::Stored* const* rows, int64_t n, int64_t features, typename S::Value* mean,
+                      typename S::Value* variance) {
+  int64_t c = 0;
+  for (; c + 2 * W <= features; c += 2 * W) moments_few<S, 2>(rows, n, c, mean, variance);
+  for (; c + W <= features; c += W) moments_few<S, 1>(rows, n, c, mean, variance);
+  for (; c < features; c++) {
+    double m = 0, q = 0, count = static_cast<double>(n);
+    for (int64_t i = 0; i < n; i++) m += S::one(rows[i] + c);
+    m /= count;
+    for (int64_t i = 0; i < n; i++) q += (S::one(rows[i] + c) - m) * (S::one(rows[i] + c) - m);
+    mean[c] = static_cast<typename S::Value>(m);
+    variance[c] = static_cast<typename S::Value>(q / count);
+  }
 }
 
 template <class S>
@@ -332,13 +386,15 @@ void scale_rows(const typename S::Stored* const* rows, typename S::Stored* const
   }
 }
 
-template <class S>
+template <class S, class Source>
 void gradient_sums_rows(const typename S::Stored* const* rows, const typename S::Stored* const* dys, int64_t n,
                         int64_t features, const typename S::Value* origin, double* sums, double* centered) {
   using V = typename S::Vector;
-  sum_rows_by<S>(
+  sum_rows_by<S, Source>(
       n, features, sums, centered,
       [&](int64_t i, int64_t c, V& s, V& t) {
+        Source::ahead(dys[i] + c);
+        Source::ahead(rows[i] + c);
         V g = S::load(dys[i] + c);
         s += g;
         t += g * (S::load(rows[i] + c) - load_bits<V>(origin + c));
@@ -348,6 +404,40 @@ void gradient_sums_rows(const typename S::Stored* const* rows, const typename S:
         s += g;
         t += g * (S::one(rows[i] + c) - origin[c]);
       });
+}
+
+// Sums over a few rows, by column as above; sums are set, not added to.
+template <class S, int K>
+void gradient_sums_few(const typename S::Stored* const* rows, const typename S::Stored* const* dys, int64_t n,
+                       int64_t c, const typename S::Value* origin, double* sums, double* centered) {
+  using V = typename S::Vector;
+  V s[K] = {}, t[K] = {};
+  for (int64_t i = 0; i < n; i++)
+    for (int k = 0; k < K; k++) {
+      V g = S::load(dys[i] + c + k * W);
+      s[k] += g;
+      t[k] += g * (S::load(rows[i] + c + k * W) - load_bits<V>(origin + c + k * W));
+    }
+  for (int k = 0; k < K; k++) {
+    store_bits(sums + c + k * W, __builtin_convertvector(s[k], Doubles));
+    store_bits(centered + c + k * W, __builtin_convertvector(t[k], Doubles));
+  }
+}
+
+template <class S>
+void gradient_sums_few_rows(const typename S::Stored* const* rows, const typename S::Stored* const* dys, int64_t n,
+                            int64_t features, const typename S::Value* origin, double* sums, double* centered) {
+  int64_t c = 0;
+  for (; c + 2 * W <= features; c += 2 * W) gradient_sums_few<S, 2>(rows, dys, n, c, origin, sums, centered);
+  for (; c + W <= features; c += W) gradient_sums_few<S, 1>(rows, dys, n, c, origin, sums, centered);
+  for (; c < features; c++) {
+    sums[c] = centered[c] = 0;
+    for (int64_t i = 0; i < n; i++) {
+      double g = S::one(dys[i] + c);
+      sums[c] += g;
+      centered[c] += g * (S::one(rows[i] + c) - origin[c]);
+    }
+  }
 }
 
 template <class S>

@@ -279,7 +279,7 @@ struct Rows {
 // Every option in two numbers for each feature: y = (x - m)/sigma·factor + offset. With renorm, after `correction`.
 void options(const Forward& p, int64_t c0, int64_t c1, double* factor, double* offset) {
   for (int64_t c = c0; c < c1; c++) {
-    double f = p.r ? p.r.get(c) : 1, o = p.r ? p.d.get(c) : 0;
+    double f = p.renorm_mean ? p.r.get(c) : 1, o = p.renorm_mean ? p.d.get(c) : 0;
     if (p.adjustment_scale) {
       f *= p.adjustment_scale.get(c);
       o = o * p.adjustment_scale.get(c) + p.adjustment_bias.get(c);

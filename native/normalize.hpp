@@ -55,9 +55,10 @@ struct Forward {
   Values renorm_mean, renorm_stddev;       // or absent
   double rmin, rmax, dmax;
   Values mean, variance;                   // out: [groups][features]
-  Values r, d;                             // out with renorm: [features]
+  Values r, d;                             // out with renorm, else not looked at: [features]
 };
 
+// dx may lie where dy does, and nowhere else among what is read.
 struct Backward {
   Type type;
   View view;

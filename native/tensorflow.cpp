@@ -66,6 +66,8 @@ TF_FUNCTION(void, TF_OpKernelConstruction_Failure, TF_OpKernelConstruction*, TF_
 TF_FUNCTION(void, TF_OpKernelContext_Failure, TF_OpKernelContext*, TF_Status*)
 TF_FUNCTION(void, TF_GetInput, TF_OpKernelContext*, int, TF_Tensor**, TF_Status*)
 TF_FUNCTION(TF_Tensor*, TF_AllocateOutput, TF_OpKernelContext*, int, int, const int64_t*, int, size_t, TF_Status*)
+TF_FUNCTION(TF_Tensor*, TF_ForwardInputOrAllocateOutput, TF_OpKernelContext*, const int*, int, int, const int64_t*, int,
+            int*, TF_Status*)
 TF_FUNCTION(void*, TF_TensorData, const TF_Tensor*)
 TF_FUNCTION(int64_t, TF_TensorElementCount, const TF_Tensor*)
 TF_FUNCTION(int, TF_NumDims, const TF_Tensor*)
@@ -160,6 +162,17 @@ class Computation {
   }
 
   void* output(int i) { return allocate(i, a_.type, shape_, rank_, size_of(a_.element())); }
+  // The same, in the memory of an input of that size if nobody else needs it any more. `data` is where that input lies.
+  void* output_over(int i, int candidate, const void** data) {
+    if (!ok()) return nullptr;
+    int forwarded = -1;
+    TF_Tensor* tensor =
+        TF_ForwardInputOrAllocateOutput(context_, &candidate, 1, i, shape_, rank_, &forwarded, status_.raw);
+    if (!ok()) return nullptr;
+    tensors_[count_++] = tensor;
+    *data = forwarded == candidate ? TF_TensorData(tensor) : input(candidate);
+    return TF_TensorData(tensor);
+  }
   Values output_statistics(int i, int64_t rows, int64_t columns) {
     int64_t shape[2] = {rows, columns};
     bool wide = a_.statistics == DOUBLE;
@@ -274,7 +287,7 @@ void backward(void* kernel, TF_OpKernelContext* context) {
   Backward p{};
   p.type = attributes.element();
   p.x = c.input(0);
-  p.dy = c.input(1);
+  p.dx = c.output_over(0, 1, &p.dy);
   if (!c.ok()) return;
   int64_t features = c.view.features, all = c.view.groups * features;
   Values numbers = c.statistics(2, 4, "numbers", false);
@@ -285,7 +298,6 @@ void backward(void* kernel, TF_OpKernelContext* context) {
   p.d = c.statistics(7, features, "d");
   p.adjustment_scale = c.statistics(8, features, "adjustment_scale");
   p.adjustment_bias = c.statistics(9, features, "adjustment_bias");
-  p.dx = c.output(0);
   p.dgamma = c.output_statistics(1, -1, features);
   p.dbeta = c.output_statistics(2, -1, features);
   p.dadjustment_scale = c.output_statistics(3, -1, features);
@@ -328,7 +340,8 @@ void define(const char* name, const char* const (&inputs)[I], const char* const 
 
 struct Registration {
   Registration() {
-    if (TF_NewStatus == nullptr || TF_AllocateOutput == nullptr || TF_ShapeInferenceContextSetOutput == nullptr) return;
+    if (TF_NewStatus == nullptr || TF_AllocateOutput == nullptr ||
+        TF_ForwardInputOrAllocateOutput == nullptr || TF_ShapeInferenceContextSetOutput == nullptr) return;
     define("BatchnormForward",
            {"x: T", "gamma: U", "beta: U", "adjustment_scale: U", "adjustment_bias: U", "renorm_mean: U",
             "renorm_stddev: U", "numbers: U"},

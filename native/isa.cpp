@@ -276,9 +276,10 @@ struct Rows {
 
 // ---- The little arithmetic between the passes; it mirrors batchnorm/core/algebra.py.
 
-// Every option in two numbers for each feature: y = (x - m)/sigma·factor + offset. With renorm, after `correction`.
-void options(const Forward& p, int64_t c0, int64_t c1, double* factor, double* offset) {
-  for (int64_t c = c0; c < c1; c++) {
+// Every option in two numbers for each of n parameters from the i-th on: y = (x - m)/sigma·factor + offset. With renorm,
+// after `correction`.
+void options(const Forward& p, int64_t i, int64_t n, double* factor, double* offset) {
+  for (int64_t c = i; c < i + n; c++) {
     double f = p.renorm_mean ? p.r.get(c) : 1, o = p.renorm_mean ? p.d.get(c) : 0;
     if (p.adjustment_scale) {
       f *= p.adjustment_scale.get(c);
@@ -289,8 +290,8 @@ void options(const Forward& p, int64_t c0, int64_t c1, double* factor, double* o
       o *= p.gamma.get(c);
     }
     if (p.beta) o += p.beta.get(c);
-    factor[c - c0] = f;
-    offset[c - c0] = o;
+    factor[c - i] = f;
+    offset[c - i] = o;
   }
 }
 
@@ -307,23 +308,28 @@ void coefficients(int64_t n, double epsilon, const double* factor, const double*
   }
 }
 
-void correction(const Forward& p, int64_t c, double mean, double variance) {
-  double floor = most(p.renorm_stddev.get(c), root(p.epsilon));
-  double r = root(variance + p.epsilon) / floor, d = (mean - p.renorm_mean.get(c)) / floor;
-  if (r < p.rmin) r = p.rmin;
-  if (r > p.rmax) r = p.rmax;
-  if (d < -p.dmax) d = -p.dmax;
-  if (d > p.dmax) d = p.dmax;
-  p.r.set(c, r);
-  p.d.set(c, d);
+// Renorm's correction of n parameters from the i-th on.
+template <class M>
+void correction(const Forward& p, int64_t i, int64_t n, const M* mean, const M* variance) {
+  for (int64_t c = 0; c < n; c++) {
+    double floor = most(p.renorm_stddev.get(i + c), root(p.epsilon));
+    double r = root(static_cast<double>(variance[c]) + p.epsilon) / floor;
+    double d = (static_cast<double>(mean[c]) - p.renorm_mean.get(i + c)) / floor;
+    if (r < p.rmin) r = p.rmin;
+    if (r > p.rmax) r = p.rmax;
+    if (d < -p.dmax) d = -p.dmax;
+    if (d > p.dmax) d = p.dmax;
+    p.r.set(i + c, r);
+    p.d.set(i + c, d);
+  }
 }
 
-void options(const Backward& p, int64_t c0, int64_t c1, double* factor) {
-  for (int64_t c = c0; c < c1; c++) {
+void options(const Backward& p, int64_t i, int64_t n, double* factor) {
+  for (int64_t c = i; c < i + n; c++) {
     double f = p.gamma ? p.gamma.get(c) : 1;
     if (p.r) f *= p.r.get(c);
     if (p.adjustment_scale) f *= p.adjustment_scale.get(c);
-    factor[c - c0] = f;
+    factor[c - i] = f;
   }
 }
 
@@ -344,15 +350,19 @@ void combination(int64_t n, int64_t count, double epsilon, const double* factor,
   }
 }
 
-// Gradients of the parameters from the sums, over all groups, of dy and of dy·(x - m)/sigma.
-void parameter_gradients(const Backward& p, int64_t c, double sum, double normalized) {
-  double corrected = (p.r ? p.r.get(c) : 1) * normalized + (p.d ? p.d.get(c) : 0) * sum;
-  double a = p.adjustment_scale ? p.adjustment_scale.get(c) : 1, b = p.adjustment_scale ? p.adjustment_bias.get(c) : 0;
-  double gamma = p.gamma ? p.gamma.get(c) : 1;
-  if (p.dgamma) p.dgamma.set(c, a * corrected + b * sum);
-  if (p.dbeta) p.dbeta.set(c, sum);
-  if (p.dadjustment_scale) p.dadjustment_scale.set(c, gamma * corrected);
-  if (p.dadjustment_bias) p.dadjustment_bias.set(c, gamma * sum);
+// Gradients of n parameters from the i-th on, from the sums of dy and of dy·(x - m)/sigma over all that they serve.
+void parameter_gradients(const Backward& p, int64_t i, int64_t n, const double* sums, const double* normalized) {
+  for (int64_t c = i; c < i + n; c++) {
+    double sum = sums[c - i];
+    double corrected = p.r ? p.r.get(c) * normalized[c - i] + p.d.get(c) * sum : normalized[c - i];
+    double a = p.adjustment_scale ? p.adjustment_scale.get(c) : 1;
+    double b = p.adjustment_scale ? p.adjustment_bias.get(c) : 0;
+    double gamma = p.gamma ? p.gamma.get(c) : 1;
+    if (p.dgamma) p.dgamma.set(c, a * corrected + b * sum);
+    if (p.dbeta) p.dbeta.set(c, sum);
+    if (p.dadjustment_scale) p.dadjustment_scale.set(c, gamma * corrected);
+    if (p.dadjustment_bias) p.dadjustment_bias.set(c, gamma * sum);
+  }
 }
 
 // n values from the i-th on, as they are where the types agree.
@@ -379,11 +389,11 @@ void forward_inner(const Forward& p) {
   const View& v = p.view;
   const auto* x = static_cast<const typename S::Stored*>(p.x);
   auto* y = static_cast<typename S::Stored*>(p.y);
-  bool serial = v.size() < SERIAL, renorm = static_cast<bool>(p.renorm_mean);
-  int64_t block = Inner<S>{v}.block(1, renorm, serial);
+  bool serial = v.size() < SERIAL, renorm = static_cast<bool>(p.renorm_mean), wait = renorm && !v.own;
+  int64_t block = Inner<S>{v}.block(1, wait, serial);
   run_tasks(ceil_div(v.features, block), serial, [&](int64_t task) {
     int64_t c0 = task * block, c1 = least(v.features, c0 + block), width = c1 - c0;
-    int64_t kept = renorm ? v.groups : 1;
+    int64_t kept = wait ? v.groups : 1;  // groups to be measured before any can be normalized
     Carver carver(Slot::task, (kept * 2 + 8) * (width * 8 + 64));
     double *mean = carver.take<double>(kept * width), *variance = carver.take<double>(kept * width);
     double *factor = carver.take<double>(width), *offset = carver.take<double>(width);
@@ -393,22 +403,27 @@ void forward_inner(const Forward& p) {
       coefficients(width, p.epsilon, factor, offset, m, var, origin, scale, shift);
       inner.scale(x, y, g, c0, c1, origin, scale, shift);
     };
-    if (!renorm) options(p, c0, c1, factor, offset);
+    if (!renorm && !v.own) options(p, c0, width, factor, offset);
     for (int64_t g = 0; g < v.groups; g++) {
-      double *m = mean + (renorm ? g * width : 0), *var = variance + (renorm ? g * width : 0);
+      int64_t i = g * v.features + c0;
+      double *m = mean + (wait ? g * width : 0), *var = variance + (wait ? g * width : 0);
       inner.moments(x, g, c0, c1, m, var);
-      write(p.mean, g * v.features + c0, width, m);
-      write(p.variance, g * v.features + c0, width, var);
-      if (!renorm) finish(g, m, var);
+      write(p.mean, i, width, m);
+      write(p.variance, i, width, var);
+      if (wait) continue;
+      if (renorm) correction(p, i, width, m, var);
+      if (v.own) options(p, i, width, factor, offset);
+      finish(g, m, var);
     }
-    if (!renorm) return;
+    if (!wait) return;
+    double groups = static_cast<double>(most<int64_t>(v.groups, 1));
     for (int64_t c = 0; c < width; c++) {
       double m = 0, var = 0;
       for (int64_t g = 0; g < v.groups; g++) m += mean[g * width + c], var += variance[g * width + c];
-      double groups = static_cast<double>(most<int64_t>(v.groups, 1));
-      correction(p, c0 + c, m / groups, var / groups);
+      m /= groups, var /= groups;
+      correction(p, c0 + c, 1, &m, &var);
     }
-    options(p, c0, c1, factor, offset);
+    options(p, c0, width, factor, offset);
     for (int64_t g = v.groups - 1; g >= 0; g--) finish(g, mean + g * width, variance + g * width);
   });
 }
@@ -475,8 +490,8 @@ void forward_rows_whole(const Forward& p) {
   moments_whole<S>(carver, v, x, serial, pieces, [&](int64_t c0, int64_t c1, const double* mean, const double* variance) {
     write(p.mean, c0, c1 - c0, mean);
     write(p.variance, c0, c1 - c0, variance);
-    for (int64_t c = c0; p.renorm_mean && c < c1; c++) correction(p, c, mean[c - c0], variance[c - c0]);
-    options(p, c0, c1, factor + c0, offset + c0);
+    if (p.renorm_mean) correction(p, c0, c1 - c0, mean, variance);
+    options(p, c0, c1 - c0, factor + c0, offset + c0);
     coefficients(c1 - c0, p.epsilon, factor + c0, offset + c0, mean, variance, origin + c0, scale + c0, shift + c0);
   });
   rows.spread(origin);
@@ -508,11 +523,13 @@ void forward_rows_groups(const Forward& p) {
   int64_t f = v.features;
   GroupBlocks blocks(v, serial);
   Carver call(Slot::call, 4 * (f * 8 + 64));
-  double *factor = call.take<double>(f), *offset = call.take<double>(f);
+  double *shared_factor = call.take<double>(f), *shared_offset = call.take<double>(f);
   auto phase = [&](bool measure, bool normalize) {
     run_tasks(blocks.tasks, serial, [&](int64_t task) {
-      Carver carver(Slot::task, 7 * (f * 8 + 64));
+      Carver carver(Slot::task, 9 * (f * 8 + 64));
       double *sum = carver.take<double>(f), *squares = carver.take<double>(f);
+      double *factor = v.own ? carver.take<double>(f) : shared_factor;
+      double *offset = v.own ? carver.take<double>(f) : shared_offset;
       Value *mean = carver.take<Value>(f), *variance = carver.take<Value>(f);
       Value *origin = carver.take<Value>(f), *scale = carver.take<Value>(f), *shift = carver.take<Value>(f);
       for (int64_t g = task * blocks.size; g < least(v.groups, (task + 1) * blocks.size); g++) {
@@ -524,6 +541,10 @@ void forward_rows_groups(const Forward& p) {
           read(p.mean, g * f, f, mean);
           read(p.variance, g * f, f, variance);
         }
+        if (v.own) {
+          if (renorm) correction(p, g * f, f, mean, variance);
+          options(p, g * f, f, factor, offset);
+        }
         if (normalize) {
           coefficients(f, p.epsilon, factor, offset, mean, variance, origin, scale, shift);
           rows.scale(x, y, g, 0, rows.group_rows(), origin, scale, shift);
@@ -531,21 +552,22 @@ void forward_rows_groups(const Forward& p) {
       }
     });
   };
+  if (v.own) return phase(true, true);
   if (!renorm) {
-    options(p, 0, f, factor, offset);
+    options(p, 0, f, shared_factor, shared_offset);
     return phase(true, true);
   }
   phase(true, false);
   double *mean = call.take<double>(f), *variance = call.take<double>(f);
+  double share = 1 / static_cast<double>(most<int64_t>(v.groups, 1));
   for (int64_t c = 0; c < f; c++) mean[c] = variance[c] = 0;
   for (int64_t g = 0; g < v.groups; g++)
     for (int64_t c = 0; c < f; c++) {
-      mean[c] += p.mean.get(g * f + c);
-      variance[c] += p.variance.get(g * f + c);
+      mean[c] += p.mean.get(g * f + c) * share;
+      variance[c] += p.variance.get(g * f + c) * share;
     }
-  double groups = static_cast<double>(most<int64_t>(v.groups, 1));
-  for (int64_t c = 0; c < f; c++) correction(p, c, mean[c] / groups, variance[c] / groups);
-  options(p, 0, f, factor, offset);
+  correction(p, 0, f, mean, variance);
+  options(p, 0, f, shared_factor, shared_offset);
   phase(false, true);
 }
 
@@ -576,17 +598,20 @@ void backward_inner(const Backward& p) {
     Value *dy_weight = carver.take<Value>(width), *x_weight = carver.take<Value>(width);
     Value* constant = carver.take<Value>(width);
     Inner<S> inner{v};
-    options(p, c0, c1, factor);
-    for (int64_t c = 0; c < width; c++) all[c] = normalized[c] = 0;
     for (int64_t g = 0; g < v.groups; g++) {
-      read(p.mean, g * v.features + c0, width, origin);
-      read(p.variance, g * v.features + c0, width, variance);
+      int64_t i = g * v.features + c0, own = v.own ? i : c0;
+      if (g == 0 || v.own) {
+        options(p, own, width, factor);
+        for (int64_t c = 0; c < width; c++) all[c] = normalized[c] = 0;
+      }
+      read(p.mean, i, width, origin);
+      read(p.variance, i, width, variance);
       inner.sums(x, dy, g, c0, c1, origin, sum, centered);
       combination(width, v.count(), p.epsilon, factor, variance, sum, centered, dy_weight, x_weight, constant, all,
                   normalized);
       inner.combine(x, dy, dx, g, c0, c1, origin, dy_weight, x_weight, constant);
+      if (g == v.groups - 1 || v.own) parameter_gradients(p, own, width, all, normalized);
     }
-    for (int64_t c = 0; c < width; c++) parameter_gradients(p, c0 + c, all[c], normalized[c]);
   });
 }
 
@@ -637,7 +662,7 @@ void backward_rows_whole(const Backward& p) {
   for (int64_t c = 0; c < v.features; c++) all[c] = normalized[c] = 0;
   combination(v.features, v.count(), p.epsilon, factor, variance, sums, centered, dy_weight, x_weight, constant, all,
               normalized);
-  for (int64_t c = 0; c < v.features; c++) parameter_gradients(p, c, all[c], normalized[c]);
+  parameter_gradients(p, 0, v.features, all, normalized);
   rows.spread(dy_weight);
   rows.spread(x_weight);
   rows.spread(constant);
@@ -659,29 +684,40 @@ void backward_rows_groups(const Backward& p) {
   GroupBlocks blocks(v, serial);
   Carver call(Slot::call, 2 * (blocks.tasks * f * 8 + 64) + f * 8 + 64);
   double *all = call.take<double>(blocks.tasks * f), *normalized = call.take<double>(blocks.tasks * f);
-  double* factor = call.take<double>(f);
-  options(p, 0, f, factor);
+  double* shared_factor = call.take<double>(f);
+  if (!v.own) options(p, 0, f, shared_factor);
   run_tasks(blocks.tasks, serial, [&](int64_t task) {
-    Carver carver(Slot::task, 7 * (f * 8 + 64));
+    Carver carver(Slot::task, 8 * (f * 8 + 64));
     double *sum = carver.take<double>(f), *centered = carver.take<double>(f);
+    double* factor = v.own ? carver.take<double>(f) : shared_factor;
     Value *origin = carver.take<Value>(f), *variance = carver.take<Value>(f);
     Value *dy_weight = carver.take<Value>(f), *x_weight = carver.take<Value>(f), *constant = carver.take<Value>(f);
     double *own_all = all + task * f, *own_normalized = normalized + task * f;
-    for (int64_t c = 0; c < f; c++) own_all[c] = own_normalized[c] = 0;
+    auto clear = [&] {
+      for (int64_t c = 0; c < f; c++) own_all[c] = own_normalized[c] = 0;
+    };
+    clear();
     for (int64_t g = task * blocks.size; g < least(v.groups, (task + 1) * blocks.size); g++) {
+      if (v.own) options(p, g * f, f, factor);
       read(p.mean, g * f, f, origin);
       read(p.variance, g * f, f, variance);
       rows.sums(x, dy, g, 0, n, origin, sum, centered);
       combination(f, v.count(), p.epsilon, factor, variance, sum, centered, dy_weight, x_weight, constant, own_all,
                   own_normalized);
       rows.combine(x, dy, dx, g, 0, n, origin, dy_weight, x_weight, constant);
+      if (v.own) {
+        parameter_gradients(p, g * f, f, own_all, own_normalized);
+        clear();
+      }
     }
   });
-  for (int64_t c = 0; c < f; c++) {
-    double s = 0, t = 0;
-    for (int64_t task = 0; task < blocks.tasks; task++) s += all[task * f + c], t += normalized[task * f + c];
-    parameter_gradients(p, c, s, t);
-  }
+  if (v.own) return;
+  for (int64_t task = 1; task < blocks.tasks; task++)
+    for (int64_t c = 0; c < f; c++) {
+      all[c] += all[task * f + c];
+      normalized[c] += normalized[task * f + c];
+    }
+  parameter_gradients(p, 0, f, all, normalized);
 }
 
 template <class S>

@@ -16,6 +16,11 @@ inline int64_t size_of(Type type) { return type == Type::float64 ? 8 : type == T
 
 struct View {
   int64_t rows, groups, span, features, inner;
+  // Whether what is said to be by feature is by group, too: then groups are no virtual batches, but feature axes that
+  // others lie behind.
+  bool own = false;
+
+  int64_t parameters() const { return own ? groups * features : features; }
 
   int64_t size() const { return rows * features * inner; }
   int64_t count() const { return groups ? rows / groups * inner : 0; }  // values per group and feature
@@ -43,7 +48,8 @@ struct Values {
   }
 };
 
-// y = (((x - m) / sigma * r + d) * a + b) * gamma + beta, all but x and y by feature, m and v also by group.
+// y = (((x - m) / sigma * r + d) * a + b) * gamma + beta, all but x and y by feature, m and v also by group. With renorm
+// and virtual batches, r and d come from the moments' means over the groups.
 struct Forward {
   Type type;
   View view;

@@ -85,7 +85,9 @@ struct Status {
 // What an operation of the graph was made with.
 struct Attributes {
   int type, statistics;
-  int64_t first, last, virtual_batch_size;
+  int64_t first, last;              // feature axes
+  int64_t apart_first, apart_last;  // more of them, which lie before others, or -1
+  int64_t virtual_batch_size;       // or 0
 
   Type element() const {
     switch (type) {
@@ -104,6 +106,8 @@ void* create(TF_OpKernelConstruction* construction) {
   TF_OpKernelConstruction_GetAttrType(construction, "U", &attributes->statistics, status.raw);
   TF_OpKernelConstruction_GetAttrInt64(construction, "first", &attributes->first, status.raw);
   TF_OpKernelConstruction_GetAttrInt64(construction, "last", &attributes->last, status.raw);
+  TF_OpKernelConstruction_GetAttrInt64(construction, "apart_first", &attributes->apart_first, status.raw);
+  TF_OpKernelConstruction_GetAttrInt64(construction, "apart_last", &attributes->apart_last, status.raw);
   TF_OpKernelConstruction_GetAttrInt64(construction, "virtual_batch_size", &attributes->virtual_batch_size, status.raw);
   if (!status.ok()) TF_OpKernelConstruction_Failure(construction, status.raw);
   return attributes;
@@ -224,6 +228,12 @@ class Computation {
                       std::to_string(shape_[0]) + " samples and virtual_batch_size=" + std::to_string(size));
       view.groups = shape_[0] / size;
       view.span = within;
+    } else if (a_.apart_first >= 0) {
+      if (a_.apart_first > a_.apart_last || a_.apart_last >= a_.first)
+        return refuse("feature axes that lie apart must come before the others");
+      for (int64_t axis = a_.apart_first; axis <= a_.apart_last; axis++) view.groups *= shape_[axis];
+      for (int64_t axis = a_.apart_last + 1; axis < a_.first; axis++) view.span *= shape_[axis];
+      view.own = true;
     }
   }
 
@@ -248,18 +258,18 @@ void forward(void* kernel, TF_OpKernelContext* context) {
   p.type = attributes.element();
   p.x = c.input(0);
   if (!c.ok()) return;
-  int64_t features = c.view.features, all = c.view.groups * features;
-  p.gamma = c.statistics(1, features, "gamma");
-  p.beta = c.statistics(2, features, "beta");
-  p.adjustment_scale = c.statistics(3, features, "adjustment_scale");
-  p.adjustment_bias = c.statistics(4, features, "adjustment_bias");
-  p.renorm_mean = c.statistics(5, features, "renorm_mean");
-  p.renorm_stddev = c.statistics(6, features, "renorm_stddev");
+  int64_t parameters = c.view.parameters(), all = c.view.groups * c.view.features;
+  p.gamma = c.statistics(1, parameters, "gamma");
+  p.beta = c.statistics(2, parameters, "beta");
+  p.adjustment_scale = c.statistics(3, parameters, "adjustment_scale");
+  p.adjustment_bias = c.statistics(4, parameters, "adjustment_bias");
+  p.renorm_mean = c.statistics(5, parameters, "renorm_mean");
+  p.renorm_stddev = c.statistics(6, parameters, "renorm_stddev");
   Values numbers = c.statistics(7, 4, "numbers", false);
   p.y = c.output(0);
-  p.mean = c.output_statistics(1, c.view.groups, features);
-  p.variance = c.output_statistics(2, c.view.groups, features);
-  int64_t corrected = p.renorm_mean ? features : 0;
+  p.mean = c.output_statistics(1, c.view.groups, c.view.features);
+  p.variance = c.output_statistics(2, c.view.groups, c.view.features);
+  int64_t corrected = p.renorm_mean ? parameters : 0;
   p.r = c.output_statistics(3, -1, corrected);
   p.d = c.output_statistics(4, -1, corrected);
   if (!c.ok()) return;
@@ -289,23 +299,23 @@ void backward(void* kernel, TF_OpKernelContext* context) {
   p.x = c.input(0);
   p.dx = c.output_over(0, 1, &p.dy);
   if (!c.ok()) return;
-  int64_t features = c.view.features, all = c.view.groups * features;
+  int64_t parameters = c.view.parameters(), all = c.view.groups * c.view.features;
   Values numbers = c.statistics(2, 4, "numbers", false);
   p.mean = c.statistics(3, all, "mean", false);
   p.variance = c.statistics(4, all, "variance", false);
-  p.gamma = c.statistics(5, features, "gamma");
-  p.r = c.statistics(6, features, "r");
-  p.d = c.statistics(7, features, "d");
-  p.adjustment_scale = c.statistics(8, features, "adjustment_scale");
-  p.adjustment_bias = c.statistics(9, features, "adjustment_bias");
-  p.dgamma = c.output_statistics(1, -1, features);
-  p.dbeta = c.output_statistics(2, -1, features);
-  p.dadjustment_scale = c.output_statistics(3, -1, features);
-  p.dadjustment_bias = c.output_statistics(4, -1, features);
+  p.gamma = c.statistics(5, parameters, "gamma");
+  p.r = c.statistics(6, parameters, "r");
+  p.d = c.statistics(7, parameters, "d");
+  p.adjustment_scale = c.statistics(8, parameters, "adjustment_scale");
+  p.adjustment_bias = c.statistics(9, parameters, "adjustment_bias");
+  p.dgamma = c.output_statistics(1, -1, parameters);
+  p.dbeta = c.output_statistics(2, -1, parameters);
+  p.dadjustment_scale = c.output_statistics(3, -1, parameters);
+  p.dadjustment_bias = c.output_statistics(4, -1, parameters);
   if (!c.ok()) return;
   if (c.view.size() == 0) {
     for (const Values& gradient : {p.dgamma, p.dbeta, p.dadjustment_scale, p.dadjustment_bias})
-      zero(gradient, features);
+      zero(gradient, parameters);
     return;
   }
   p.view = c.view;
@@ -330,7 +340,7 @@ void define(const char* name, const char* const (&inputs)[I], const char* const 
   for (const char* input : inputs) TF_OpDefinitionBuilderAddInput(builder, input);
   for (const char* output : outputs) TF_OpDefinitionBuilderAddOutput(builder, output);
   for (const char* attribute : {"T: {half, bfloat16, float, double}", "U: {float, double}", "first: int",
-                                "last: int", "virtual_batch_size: int >= 0"})
+                                "last: int", "apart_first: int", "apart_last: int", "virtual_batch_size: int >= 0"})
     TF_OpDefinitionBuilderAddAttr(builder, attribute);
   TF_OpDefinitionBuilderSetShapeInferenceFunction(builder, infer_shapes);
   TF_RegisterOpDefinition(builder, status.raw);

@@ -38,13 +38,14 @@ EPSILON = 1e-3
 
 
 class View(NamedTuple):
-    """x[rows][features][inner]; row r is in group (r / span) % groups."""
+    """x[rows][features][inner]; row r is in group (r / span) % groups, which has parameters of its own or not."""
 
     rows: int
     groups: int
     span: int
     features: int
     inner: int
+    own: bool = False
 
     @property
     def size(self) -> int:
@@ -53,6 +54,10 @@ class View(NamedTuple):
     @property
     def statistics(self) -> tuple[int, int]:
         return self.groups, self.features
+
+    @property
+    def parameters(self) -> int:
+        return self.groups * self.features if self.own else self.features
 
 
 @pytest.fixture(autouse=True)
@@ -78,7 +83,8 @@ def views(draw: st.DrawFn) -> View:
     times = draw(
         st.sampled_from([1, 2, 3, 7, 8, 9, 63, 64, 65, 129, above, above, above + 1, 2 * above + 1, 5 * above])
     )
-    return View(min(times, max(1, 300_000 // one)) * groups * span, groups, span, features, inner)
+    rows = min(times, max(1, 300_000 // one)) * groups * span
+    return View(rows, groups, span, features, inner, draw(st.booleans()))
 
 
 types = st.sampled_from(TYPES)
@@ -108,9 +114,14 @@ def along(statistics: Array, view: View) -> Array:
     return statistics.astype(np.float64).reshape(1, -1, 1, view.features, 1)
 
 
-def over(values: Array, sums: str = "statistics") -> Array:
-    summed: Array = values.sum(axis=(0, 2, 4) if sums == "statistics" else (0, 1, 2, 4))
+def over(values: Array) -> Array:
+    summed: Array = values.sum(axis=(0, 2, 4))
     return summed
+
+
+def by_parameter(statistics: Array, view: View) -> Array:
+    """Sum over the groups that share a parameter."""
+    return statistics if view.own else statistics.sum(axis=0)
 
 
 def measured(x: Array, view: View) -> Pair:
@@ -137,11 +148,11 @@ class Options(NamedTuple):
 
 
 @st.composite
-def options(draw: st.DrawFn, features: int, kind: np.dtype[Any]) -> Options:
+def options(draw: st.DrawFn, count: int, kind: np.dtype[Any]) -> Options:
     random = np.random.default_rng(draw(seeds))
 
     def values(low: float, high: float) -> Array:
-        return random.uniform(low, high, features).astype(kind)
+        return random.uniform(low, high, count).astype(kind)
 
     gamma = values(0.5, 2) if draw(st.booleans()) else None
     beta = values(-1, 1) if draw(st.booleans()) else None
@@ -162,7 +173,7 @@ class Forward(NamedTuple):
 def forward(view: View, x: Array, kind: Any = np.float32, given: Options | None = None) -> Forward:
     o = given or Options()
     y, mean, variance = like(x), np.empty(view.statistics, kind), np.empty(view.statistics, kind)
-    r, d = (None, None) if o.renorm is None else (np.empty(view.features, kind), np.empty(view.features, kind))
+    r, d = (None, None) if o.renorm is None else (np.empty(view.parameters, kind), np.empty(view.parameters, kind))
     library.forward(
         *view, raw(x), raw(y), EPSILON, o.gamma, o.beta, *(o.adjustment or (None, None)),
         *(o.renorm or (None, None)), *o.limits, mean, variance, r, d,
@@ -180,7 +191,7 @@ class Backward(NamedTuple):
 
 def backward(view: View, x: Array, dy: Array, result: Forward, given: Options | None = None) -> Backward:
     o, kind = given or Options(), result.mean.dtype
-    dx, grads = like(x), [np.empty(view.features, kind) for _ in range(4)]
+    dx, grads = like(x), [np.empty(view.parameters, kind) for _ in range(4)]
     library.backward(
         *view, raw(x), raw(dy), raw(dx), EPSILON, result.mean, result.variance, o.gamma, result.r, result.d,
         *(o.adjustment or (None, None)), *grads,
@@ -257,7 +268,7 @@ def test_gradient_combine_is_the_map_that_it_is_given(
 def test_forward_is_the_formula_with_every_option(
     data: st.DataObject, view: View, dtype: np.dtype[Any], kind: np.dtype[Any], seed: int
 ) -> None:
-    o = data.draw(options(view.features, kind))
+    o = data.draw(options(view.parameters, kind))
     x = drawn(view, dtype, seed)
     found = forward(view, x, kind, o)
     mean, variance = measured(x, view)
@@ -269,7 +280,7 @@ def test_forward_is_the_formula_with_every_option(
         assert found.r is not None
         assert found.d is not None
         floor = np.maximum(o.renorm[1].astype(np.float64), np.sqrt(EPSILON))
-        average = mean.mean(axis=0), variance.mean(axis=0)
+        average = [by_parameter(one, view).ravel() / (1 if view.own else view.groups) for one in (mean, variance)]
         r = np.clip(np.sqrt(average[1] + EPSILON) / floor, *o.limits[:2])
         d = np.clip((average[0] - o.renorm[0]) / floor, -o.limits[2], o.limits[2])
         check(found.r, r, 1e-11 if exact else 2e-5, 1.0)
@@ -288,10 +299,10 @@ def test_forward_is_the_formula_with_every_option(
 def test_backward_is_the_formula_with_every_option(
     data: st.DataObject, view: View, dtype: np.dtype[Any], kind: np.dtype[Any], seed: int
 ) -> None:
-    o = data.draw(options(view.features, kind))
+    o = data.draw(options(view.parameters, kind))
     x, dy = drawn(view, dtype, seed), drawn(view, dtype, seed + 1, 0.2, 1.0)
     mean, variance = (one.astype(kind) for one in measured(x, view))
-    ones, zeros = np.ones(view.features), np.zeros(view.features)
+    ones, zeros = np.ones(view.parameters), np.zeros(view.parameters)
     r, d = (None, None)
     if o.renorm is not None:
         r, d = o.renorm  # any numbers do
@@ -311,23 +322,29 @@ def test_backward_is_the_formula_with_every_option(
     exact = dtype == kind == np.float64
     check(found.dx, dx, max(NEAR[dtype.name], 1e-11 if exact else 5e-5), bound + np.abs(k * normal))
     near = 1e-10 if exact else 2e-5
-    size = over(np.abs(upstream) * (1 + np.abs(corrected)), "parameters") * 4 + 1
-    check(found.dgamma, over(upstream * (corrected * along(a, view) + along(b, view)), "parameters"), near, size)
-    check(found.dbeta, over(upstream, "parameters"), near, size)
-    check(found.dscale, over(upstream * corrected * along(g, view), "parameters"), near, size)
-    check(found.dbias, over(upstream * along(g, view), "parameters"), near, size)
+
+    def total(values: Array) -> Array:
+        return by_parameter(over(values), view)
+
+    size = total(np.abs(upstream) * (1 + np.abs(corrected))) * 4 + 1
+    check(found.dgamma, total(upstream * (corrected * along(a, view) + along(b, view))), near, size)
+    check(found.dbeta, total(upstream), near, size)
+    check(found.dscale, total(upstream * corrected * along(g, view)), near, size)
+    check(found.dbias, total(upstream * along(g, view)), near, size)
 
 
 @pytest.mark.parametrize("renorm", [False, True])
 @pytest.mark.parametrize(
-    "view", [View(12, 1, 1, 3, 1), View(12, 2, 3, 3, 1), View(4, 1, 1, 2, 3), View(6, 3, 2, 2, 3), View(6, 6, 1, 2, 2)]
-)
+    "view",
+    [View(12, 1, 1, 3, 1), View(12, 2, 3, 3, 1), View(4, 1, 1, 2, 3), View(6, 3, 2, 2, 3), View(6, 6, 1, 2, 2),
+     View(12, 2, 3, 3, 1, True), View(12, 3, 2, 2, 3, True)],
+)  # fmt: skip
 def test_gradients_are_those_of_finite_differences(view: View, renorm: bool) -> None:
     random = np.random.default_rng(0)
-    gamma, beta, scale, bias = (random.uniform(0.5, 2, view.features) for _ in range(4))
+    gamma, beta, scale, bias = (random.uniform(0.5, 2, view.parameters) for _ in range(4))
     x, dy = random.normal(3, 2, view.size), random.normal(size=view.size)
     # Clipped to what they then are, r and d do not depend on x, as they must not to the gradient.
-    pair = (np.full(view.features, -9.0), np.full(view.features, 0.5)) if renorm else None
+    pair = (np.full(view.parameters, -9.0), np.full(view.parameters, 0.5)) if renorm else None
     limits = (0.8, 0.8, 0.25)
 
     def loss(*values: Array) -> float:
@@ -367,7 +384,7 @@ def test_every_16_bit_number_comes_back_as_it_was(dtype: np.dtype[Any], shape: t
     x, y = bits.view(dtype), np.empty(65536, dtype)
     # Adding −0 leaves every number, zeros of either sign among them, as it is.
     one, zero = np.ones(features, np.float32), np.full(features, -0.0, np.float32)
-    library.scale_shift(rows, 1, 1, features, inner, raw(x), raw(y), one, zero)
+    library.scale_shift(*View(rows, 1, 1, features, inner), raw(x), raw(y), one, zero)
     nan = np.isnan(x.astype(np.float32))
     assert np.isnan(y.astype(np.float32)).tolist() == nan.tolist()
     assert y.view(np.uint16)[~nan].tolist() == bits[~nan].tolist()
@@ -377,7 +394,7 @@ def rounded(values: Array, dtype: np.dtype[Any], inner: int) -> Array:
     """What float32 values become where they are stored."""
     x = np.ones(values.size * inner, dtype)
     y = like(x)
-    library.scale_shift(1, 1, 1, values.size, inner, raw(x), raw(y), values, np.full_like(values, -0.0))
+    library.scale_shift(*View(1, 1, 1, values.size, inner), raw(x), raw(y), values, np.full_like(values, -0.0))
     columns: Array = y.reshape(values.size, inner)
     assert all(columns[:, i].tobytes() == columns[:, 0].tobytes() for i in range(inner))
     return columns[:, 0].copy()
@@ -483,7 +500,7 @@ def test_nan_and_infinity_stay_in_their_feature_and_group(
     untouched[:, group, :, feature] = False
     healthy = np.ones(view.statistics, bool)
     healthy[group, feature] = False
-    others = np.arange(view.features) != feature
+    others = healthy.reshape(-1) if view.own else healthy[group]
 
     before, after = forward(view, x), forward(view, spoilt)
     assert same([one[healthy] for one in before[1:3]], [one[healthy] for one in after[1:3]])
@@ -765,7 +782,7 @@ def test_arrays_may_lie_anywhere_and_inputs_may_be_read_only(view: View, dtype: 
 
     x = drawn(view, dtype, 0)
     expected = forward(view, x)
-    gamma = np.ones(view.features, np.float32)
+    gamma = np.ones(view.parameters, np.float32)
     inputs = [moved(raw(x)), moved(gamma), moved(raw(x))]
     for one in inputs:
         one.flags.writeable = False

@@ -729,14 +729,16 @@ def test_fused_says_which_kernel_serves(training: bool) -> None:
     ("options", "kernel"),
     [
         ({"axis": [1, 2]}, "native"),
-        ({"axis": [1, 3]}, "composed"),
+        ({"axis": [1, 3]}, "native"),
+        ({"axis": [1, 3], "renorm": True}, "native"),
+        ({"axis": [1, 3], "virtual_batch_size": 2}, "composed"),
         ({"axis": 1, "renorm": True, "virtual_batch_size": 2}, "native"),
         ({"adjustment": lambda shape: (np.ones(3), 0.5)}, "native"),
         ({"adjustment": lambda shape: (np.ones((4, 1, 1, 1)), 0.5)}, "composed"),
     ],
-    ids=["side by side", "apart", "renorm and virtual batches", "by feature", "by sample"],
+    ids=["side by side", "apart", "apart and renorm", "apart and virtual batches", "renorm and virtual batches", "by feature", "by sample"],
 )
-def test_the_native_kernels_serve_whatever_is_one_map_per_feature_over_adjacent_axes(
+def test_the_native_kernels_serve_whatever_is_one_map_per_feature_over_two_runs_of_axes(
     options: dict[str, Any], kernel: str
 ) -> None:
     layer = BatchNormalization(**options)

@@ -282,7 +282,7 @@ class BatchNormalization:
             plan.check_input(x.shape)
             split = plan.split(x.shape) if training else x.shape
             canonical = plan.canonical(x.shape) if x.size and _native_type(x.dtype) else None
-            if canonical is not None and not training:  # virtual batches are no concern of inference
+            if canonical is not None and not training and not canonical.own:  # inference knows no virtual batches
                 canonical = canonical._replace(groups=1, span=1)
             serves = native.library is not None and canonical is not None
             view = _View(split, canonical, kernels.select(self.options.fused, {native.KERNEL: serves}))
@@ -362,10 +362,10 @@ class BatchNormalization:
         kept = Wide if x.dtype == Wide else np.float32
         y = np.empty_like(raw)
         one = self._plan.parameter_shape
-        shape = one if view.groups == 1 else (view.groups, view.features)
+        shape = one if view.groups == 1 or view.own else (view.groups, view.features)
         mean, variance = np.empty(shape, kept), np.empty(shape, kept)
         a, b = by_feature or (None, None)
-        r, d = (np.empty(view.features, kept), np.empty(view.features, kept)) if options.renorm else (None, None)
+        r, d = (np.empty(view.parameters, kept) for _ in range(2)) if options.renorm else (None, None)
         native.library.forward(
             *view, raw, y, options.epsilon, variables.get("gamma"), variables.get("beta"), a, b,
             variables.get("renorm_mean"), variables.get("renorm_stddev"),
@@ -374,7 +374,7 @@ class BatchNormalization:
         )  # fmt: skip
         gamma = variables.get("gamma")
         if self.trainable:
-            if view.groups == 1:
+            if view.groups == 1 or view.own:
                 self._update(Moments(mean, variance))
             else:
                 self._update(Moments(mean.mean(axis=0).reshape(one), variance.mean(axis=0).reshape(one)))
@@ -386,7 +386,7 @@ class BatchNormalization:
             dgamma, dbeta = (
                 np.empty_like(variables[name]) if name in variables else None for name in ("gamma", "beta")
             )
-            da, db = (None, None) if by_feature is None else (np.empty(view.features, kept) for _ in range(2))
+            da, db = (None, None) if by_feature is None else (np.empty(view.parameters, kept) for _ in range(2))
             native.library.backward(
                 *view, raw, upstream, dx, options.epsilon, mean, variance, gamma, r, d, a, b, dgamma, dbeta, da, db
             )

@@ -12,13 +12,22 @@ __all__ = ["Canonical", "Geometry", "plan"]
 
 
 class Canonical(NamedTuple):
-    """An array as the native kernels see it: (rows, features, inner), row r in group (r // span) % groups."""
+    """An array as the native kernels see it: (rows, features, inner), row r in group (r // span) % groups.
+
+    Groups are virtual batches, unless each has parameters of its `own`: then they are feature axes, too.
+    """
 
     rows: int
     groups: int
     span: int
     features: int
     inner: int
+    own: bool = False
+
+    @property
+    def parameters(self) -> int:
+        """Values of a parameter."""
+        return self.groups * self.features if self.own else self.features
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,9 +107,23 @@ class Geometry:
             )
         return (size, shape[0] // size, *shape[1:])
 
-    def lie_together(self, shape: Sequence[int | None]) -> bool:
-        """Tell whether nothing but feature axes, and axes of size 1, lies between the first and the last of them."""
-        return all(shape[axis] == 1 for axis in range(self.axes[0], self.axes[-1]) if axis not in self.axes)
+    def runs(self, shape: Sequence[int | None]) -> list[tuple[int, int]]:
+        """Find what lies together: the first and last feature axis of each run, with only axes of size 1 between.
+
+        >>> plan((8, 6, 5, 3), (1, 2), None).runs((8, 6, 5, 3)), plan((8, 6, 5, 3), (1, 3), None).runs((8, 6, 5, 3))
+        ([(1, 2)], [(1, 1), (3, 3)])
+        """
+        found: list[tuple[int, int]] = []
+        for axis in self.axes:
+            if found and all(shape[between] == 1 for between in range(found[-1][1] + 1, axis)):
+                found[-1] = found[-1][0], axis
+            else:
+                found.append((axis, axis))
+        return found
+
+    def collapses(self, shape: Sequence[int | None]) -> bool:
+        """Tell whether `canonical` can see an input of this shape: two runs at most, one with virtual batches."""
+        return len(self.runs(shape)) <= (2 if self.virtual_batch_size is None else 1)
 
     def is_by_feature(self, shape: Sequence[int | None]) -> bool:
         """Tell whether an array of this shape has one value for each feature when broadcast against the input."""
@@ -108,18 +131,23 @@ class Geometry:
         return all(size == 1 or lead + axis in self.axes for axis, size in enumerate(shape))
 
     def canonical(self, shape: Sequence[int]) -> Canonical | None:
-        """See an input of this shape as the native kernels do; None where feature axes lie apart.
+        """See an input of this shape as the native kernels do; None where feature axes lie too far apart.
 
         >>> plan((32, 64, 56, 56), 1, None).canonical((32, 64, 56, 56))
-        Canonical(rows=32, groups=1, span=1, features=64, inner=3136)
+        Canonical(rows=32, groups=1, span=1, features=64, inner=3136, own=False)
         >>> plan((32, 7, 7, 64), -1, 8).canonical((32, 7, 7, 64))
-        Canonical(rows=1568, groups=4, span=49, features=64, inner=1)
+        Canonical(rows=1568, groups=4, span=49, features=64, inner=1, own=False)
+        >>> plan((8, 6, 5, 3), (1, 3), None).canonical((8, 6, 5, 3))
+        Canonical(rows=240, groups=6, span=5, features=3, inner=1, own=True)
         """
-        if not self.lie_together(shape):
+        if not self.collapses(shape):
             return None
-        first, last = self.axes[0], self.axes[-1]
+        *apart, (first, last) = self.runs(shape)
         before, after = math.prod(shape[:first]), math.prod(shape[last + 1 :])
-        features = math.prod(size for _, size in self.features)
+        features = math.prod(shape[first : last + 1])
+        for begin, end in apart:  # one at most
+            groups, between = math.prod(shape[begin : end + 1]), math.prod(shape[end + 1 : first])
+            return Canonical(before, groups, between, features, after, own=True)
         if self.virtual_batch_size is None:
             return Canonical(before, 1, 1, features, after)
         return Canonical(before, shape[0] // self.virtual_batch_size, math.prod(shape[1:first]), features, after)

@@ -36,13 +36,13 @@ _operations = _load()
 def serves(plan: Geometry, shape: list[int | None], dtype: str | None, adjustment: tuple[Any, Any] | None) -> bool:
     """Tell whether the operations can compute the training step of a layer.
 
-    They are for CPUs, and XLA does not know them. Feature axes must lie together, and an adjustment must have one
-    value for each feature.
+    They are for CPUs, and XLA does not know them. Feature axes must collapse to what the kernels see, and an adjustment
+    must have one value for each feature.
     """
     return (
         _operations is not None
         and dtype in ("float16", "bfloat16", "float32", "float64")
-        and plan.lie_together(shape)
+        and plan.collapses(shape)
         and all(v.shape.rank is not None and plan.is_by_feature(v.shape.as_list()) for v in adjustment or ())
         and on_cpu()
         and not (not tf.executing_eagerly() and control_flow_util.GraphOrParentsInXlaContext(_graph()))
@@ -98,6 +98,7 @@ def forward(
         math.inf if limits.rmax is None else limits.rmax,
         math.inf if limits.dmax is None else limits.dmax,
     ]
+    *apart, (first, last) = plan.runs(x.shape.as_list())
     scale, bias = (None, None) if adjustment is None else (by_feature(value) for value in adjustment)
     mean, stddev = renorm or (None, None)
     y, group_mean, group_variance, _, _ = _operations.batchnorm_forward(
@@ -109,8 +110,10 @@ def forward(
         renorm_mean=flat(mean),
         renorm_stddev=flat(stddev),
         numbers=tf.stack([xp.astensor(number, wide) for number in numbers]),
-        first=plan.axes[0],
-        last=plan.axes[-1],
+        first=first,
+        last=last,
+        apart_first=apart[0][0] if apart else -1,
+        apart_last=apart[0][1] if apart else -1,
         virtual_batch_size=plan.virtual_batch_size or 0,
     )
     moments = Moments(group_mean, group_variance)
@@ -179,7 +182,8 @@ def _backward_gradient(operation: Any, *upstream: Any) -> list[Any]:
 
 
 def _attributes(operation: Any) -> dict[str, int]:
-    return {name: operation.get_attr(name) for name in ("first", "last", "virtual_batch_size")}
+    names = ("first", "last", "apart_first", "apart_last", "virtual_batch_size")
+    return {name: operation.get_attr(name) for name in names}
 
 
 def _composed(
@@ -189,8 +193,13 @@ def _composed(
     first, last, size = (attributes[name] for name in ("first", "last", "virtual_batch_size"))
     shape = tf.shape(x)
     features, inner = tf.reduce_prod(shape[first : last + 1]), tf.reduce_prod(shape[last + 1 :])
-    whole = [tf.reduce_prod(shape[:first]), 1, 1]
-    lead = [size, shape[0] // size, tf.reduce_prod(shape[1:first])] if size else whole
+    begin, end = attributes["apart_first"], attributes["apart_last"] + 1
+    if size:
+        lead = [size, shape[0] // size, tf.reduce_prod(shape[1:first])]
+    elif end > 0:
+        lead = [tf.reduce_prod(axes) for axes in (shape[:begin], shape[begin:end], shape[end:first])]
+    else:
+        lead = [tf.reduce_prod(shape[:first]), 1, 1]
     wide = epsilon.dtype
     view = tf.reshape(tf.cast(x, wide), tf.stack([*lead, features, inner]))
     axes = (0, 2, 4)
@@ -198,7 +207,7 @@ def _composed(
     origin = tf.stop_gradient(kernels.origin(xp, view, axes))
 
     def broadcast(value: Any) -> Any:
-        return None if value.shape.num_elements() == 0 else tf.reshape(value, [1, 1, 1, -1, 1])
+        return None if value.shape.num_elements() == 0 else tf.reshape(value, [1, -1 if end > 0 else 1, 1, features, 1])
 
     corrected, adjusted = broadcast(r), broadcast(scale)
     affine = algebra.affine(

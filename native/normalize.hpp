@@ -104,6 +104,19 @@ struct GradientCombine {
   Values dy_weight, x_weight, constant;
 };
 
+// The step of the moving averages after a forward pass, each moved by its weight of the new value: to the groups' mean
+// of the means, and to that of the variances times `bessel`. With renorm its averages move to the mean and to sigma, and
+// the running variance is that of a standard deviation that moves to sigma.
+struct Averages {
+  int64_t parameters, groups;
+  Values mean, variance;                   // of the forward pass
+  Values running_mean, running_variance;   // in and out, or absent
+  double momentum, bessel, epsilon;
+  Values renorm_mean, renorm_stddev;       // in and out, or absent
+  double renorm_momentum;
+};
+void track(const Averages& averages);
+
 // What one instruction set offers.
 struct Kernels {
   const char* name;

@@ -302,6 +302,13 @@ void backward_at(int64_t rows, int64_t groups, int64_t span, int64_t features, i
   call(kernels().backward, p);
 }
 
+void track_at(int64_t parameters, int64_t groups, bool wide, uintptr_t mean, uintptr_t variance, uintptr_t running_mean,
+              uintptr_t running_variance, double momentum, double bessel, double epsilon, uintptr_t renorm_mean,
+              uintptr_t renorm_stddev, double renorm_momentum) {
+  track({parameters, groups, at(mean, wide), at(variance, wide), at(running_mean, wide), at(running_variance, wide),
+         momentum, bessel, epsilon, at(renorm_mean, wide), at(renorm_stddev, wide), renorm_momentum});
+}
+
 }  // namespace
 
 NB_MODULE(_native, m) {
@@ -321,6 +328,7 @@ NB_MODULE(_native, m) {
         arg("dadjustment_scale").noconvert().none(), arg("dadjustment_bias").noconvert().none());
   m.def("forward_at", &forward_at);
   m.def("backward_at", &backward_at);
+  m.def("track_at", &track_at);
   m.def("moments", &moments, arg("rows"), arg("groups"), arg("span"), arg("features"), arg("inner"), arg("own"),
         arg("x").noconvert(), arg("mean").noconvert(), arg("variance").noconvert());
   m.def("scale_shift", &scale_shift, arg("rows"), arg("groups"), arg("span"), arg("features"), arg("inner"), arg("own"),

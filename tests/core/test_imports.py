@@ -52,6 +52,7 @@ def test_there_are_files_to_look_at() -> None:
         "state.py",
     }
     assert {path.name for path in files("tensorflow")} >= {"layer.py", "namespace.py", "normalization.py"}
+    assert {path.name for path in files("torch")} >= {"functional.py", "modules.py", "native.py"}
 
 
 def test_imports_are_found_by_their_absolute_names() -> None:
@@ -81,6 +82,11 @@ def test_the_tensorflow_layer_imports_tensorflow_core_and_itself(path: Path) -> 
         )
         == set()
     )
+
+
+@pytest.mark.parametrize("path", files("torch"), ids=lambda path: path.name)
+def test_the_pytorch_layer_imports_pytorch_core_and_itself(path: Path) -> None:
+    assert strangers(path, "torch", "batchnorm.core", "batchnorm.native", "batchnorm.torch") == set()
 
 
 def test_the_package_itself_imports_nothing_but_the_native_kernels() -> None:

@@ -1,0 +1,103 @@
+"""Normalization of PyTorch's own operations: any device, any derivative, any transformation."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from batchnorm.core import algebra, geometry, kernels
+from batchnorm.core.algebra import Correction, Moments
+from batchnorm.core.geometry import Geometry
+from batchnorm.core.options import Clipping
+
+from . import namespace as xp
+
+__all__ = ["Pair", "evaluate", "plan", "train", "wide"]
+
+Pair = tuple[Tensor, Tensor]
+
+
+def plan(x: Tensor, axes: tuple[int, ...], virtual_batch_size: int | None) -> Geometry:
+    """Work out the geometry, without the cache where it would be traced into a graph."""
+    make = geometry.plan.__wrapped__ if torch.compiler.is_compiling() else geometry.plan
+    seen: Geometry = make(tuple(x.shape), axes, virtual_batch_size)
+    return seen
+
+
+def wide(x: Tensor) -> torch.dtype:
+    """Name the type of statistics: float32 or wider."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def train(
+    x: Tensor,
+    seen: Geometry,
+    epsilon: float,
+    *,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    adjustment: Pair | None = None,
+    renorm: Pair | None = None,
+    clipping: Clipping | None = None,
+    correction: Pair | None = None,
+) -> tuple[Tensor, Moments]:
+    """Normalize by the batch; also return the moments that averages move to, of the shape of the parameters.
+
+    Either `renorm`'s mean and standard deviation are given, or the `correction` that they once gave, or neither.
+    """
+    dtype, shape = wide(x), seen.view_shape
+    view = x.reshape(seen.split(x.shape)).to(dtype)
+
+    def parameter(value: Tensor | None) -> Tensor | None:
+        return None if value is None else value.to(dtype).reshape(shape)
+
+    axes = seen.reduced_axes
+    moments = kernels.moments(xp, view, axes, seen.count(view.shape), kernels.origin(xp, view.detach(), axes))
+    group_axis = seen.group_axis
+    averaged = algebra.average_groups(xp, moments, group_axis, None if group_axis is None else view.shape[group_axis])
+    averaged = Moments(*(moment.detach() for moment in averaged))
+    corrected = None
+    if renorm is not None:
+        mean, stddev = (value.detach().to(dtype).reshape(shape) for value in renorm)
+        limits = Clipping(
+            *(value.to(dtype) if torch.is_tensor(value) else value for value in _limits(clipping or Clipping()))
+        )
+        corrected = algebra.correction(xp, averaged, mean, stddev, epsilon, limits)
+    elif correction is not None:
+        corrected = Correction(*(value.to(dtype).reshape(shape) for value in correction))
+    affine = algebra.affine(
+        xp,
+        moments,
+        epsilon,
+        correction=corrected,
+        adjustment=None if adjustment is None else _along(adjustment, x, seen, dtype),
+        gamma=parameter(weight),
+        beta=parameter(bias),
+    )
+    return kernels.scale_shift(view, affine).reshape(x.shape).to(x.dtype), averaged
+
+
+def evaluate(
+    x: Tensor, seen: Geometry, epsilon: float, statistics: Moments, weight: Tensor | None, bias: Tensor | None
+) -> Tensor:
+    """Normalize by given statistics."""
+    dtype, shape = wide(x), seen.input_shape
+    mean, variance, gamma, beta = (
+        None if value is None else value.to(dtype).reshape(shape) for value in (*statistics, weight, bias)
+    )
+    affine = algebra.affine(xp, Moments(mean, variance), epsilon, gamma=gamma, beta=beta)
+    y: Tensor = kernels.scale_shift(x.to(dtype), affine).to(x.dtype)
+    return y
+
+
+def _limits(clipping: Clipping) -> tuple[float | Tensor | None, ...]:
+    return clipping.rmin, clipping.rmax, clipping.dmax
+
+
+def _along(adjustment: Pair, x: Tensor, seen: Geometry, dtype: torch.dtype) -> Pair:
+    """An adjustment beside the view; with virtual batches it has one value for each feature."""
+    if seen.virtual_batch_size is not None:
+        scale, bias = (value.to(dtype).expand(seen.input_shape).reshape(seen.view_shape) for value in adjustment)
+    else:
+        scale, bias = (value.to(dtype) for value in adjustment)
+    return scale, bias

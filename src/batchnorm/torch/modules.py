@@ -1,0 +1,286 @@
+"""The modules: PyTorch's batch normalization layers with every option."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from batchnorm.core.options import Clipping, Options
+
+from . import functional
+from .composed import Pair
+from .functional import Limits
+
+__all__ = ["OPTIONS", "BatchNorm", "BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "Layer"]
+
+Adjustment = Callable[[torch.Size], Pair] | None
+Schedule = Callable[[Tensor], Limits]
+
+OPTIONS = {
+    "renorm": False,
+    "renorm_clipping": None,
+    "renorm_momentum": 0.01,
+    "virtual_batch_size": None,
+    "adjustment": None,
+    "fused": None,
+}
+"""The options that PyTorch's own layers do not have, with their defaults."""
+RENORM = ("renorm_mean", "renorm_stddev")
+
+
+class Layer(_BatchNorm):
+    """What the modules of this package have in common.
+
+    Attributes:
+        kernel: Who served the last call: ``"native"``, ``"torch"`` (its own operator) or ``"composed"``.
+        renorm_mean: renorm's average of the batches' means, or None without renorm.
+        renorm_stddev: renorm's average of sqrt(v + eps), or None without renorm.
+    """
+
+    axis: int | tuple[int, ...] = 1
+    renorm_mean: Tensor | None
+    renorm_stddev: Tensor | None
+    renorm_momentum: float
+    kernel: str | None
+
+    def __init__(
+        self,
+        num_features: int | tuple[int, ...],
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        bias: bool = True,
+        renorm: bool = False,
+        renorm_clipping: Limits | Schedule = None,
+        renorm_momentum: float = 0.01,
+        virtual_batch_size: int | None = None,
+        adjustment: Adjustment = None,
+        fused: bool | None = None,
+    ) -> None:
+        given = {
+            "renorm": renorm,
+            "renorm_clipping": renorm_clipping,
+            "renorm_momentum": renorm_momentum,
+            "virtual_batch_size": virtual_batch_size,
+            "adjustment": adjustment,
+            "fused": fused,
+        }
+        checked(self.axis, track_running_stats, given)
+        super().__init__(
+            num_features,  # type: ignore[arg-type]  # several axes have several sizes
+            eps,
+            momentum,
+            affine,
+            track_running_stats,
+            device=device,
+            dtype=dtype,
+        )
+        if not bias:  # an argument of PyTorch's own layers only since its newest versions
+            self.register_parameter("bias", None)
+        self.configure(given)
+        self.reset_renorm()
+
+    def configure(self, given: dict[str, Any]) -> None:
+        """Take over options that are checked; renorm's averages are made, or go."""
+        self.options = checked(self.axis, self.track_running_stats, given)
+        for name, value in given.items():
+            setattr(self, name, value)
+        if self.options.renorm:
+            assert self.running_mean is not None
+            assert self.running_var is not None
+            if getattr(self, "renorm_mean", None) is None:
+                with torch.no_grad():
+                    self.register_buffer("renorm_mean", self.running_mean.clone())
+                    self.register_buffer("renorm_stddev", torch.sqrt(self.running_var + self.eps))
+        else:
+            for name in RENORM:
+                self.register_buffer(name, None)
+        self.kernel = None
+
+    def reset_renorm(self) -> None:
+        """Begin renorm's averages anew, at mean 0 and standard deviation 1."""
+        if self.renorm_mean is not None and self.renorm_stddev is not None:
+            self.renorm_mean.zero_()
+            self.renorm_stddev.fill_(1)
+
+    def reset_parameters(self) -> None:
+        """Set parameters, running statistics and renorm's averages to what they are at first."""
+        super().reset_parameters()
+        if getattr(self, "renorm_mean", None) is not None:
+            self.reset_renorm()
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Normalize a batch; in training by itself, moving the statistics."""
+        self._check_input_dim(input)  # type: ignore[no-untyped-call]
+        tracked = self.track_running_stats or not self.training
+        running = (self.running_mean, self.running_var) if tracked else (None, None)
+        batches = self.num_batches_tracked if self.training and self.track_running_stats else None
+        momentum: float | Tensor = 0.0 if self.momentum is None else self.momentum
+        if self.momentum is None and batches is not None:  # the plain average of all batches
+            momentum = 1.0 / (batches + 1) if torch.compiler.is_compiling() else 1.0 / (float(batches) + 1)
+        renorm, clipping = None, Clipping()
+        if self.renorm_mean is not None and self.renorm_stddev is not None and running[0] is not None:
+            renorm, clipping = (self.renorm_mean, self.renorm_stddev), self._clipping()
+        y, kernel = functional.normalize(
+            input,
+            self._axes(input),
+            self.options,
+            running=running,
+            weight=self.weight,
+            bias=self.bias,
+            training=self.training or (self.running_mean is None and self.running_var is None),
+            momentum=momentum,
+            eps=self.eps,
+            renorm=renorm,
+            clipping=clipping,
+            renorm_momentum=self.renorm_momentum,
+        )
+        if batches is not None:
+            batches.add_(1)
+        if not torch.compiler.is_compiling():
+            self.kernel = kernel
+        return y
+
+    def _axes(self, input: Tensor) -> tuple[int, ...]:
+        return (1,)
+
+    def _clipping(self) -> Clipping:
+        if not callable(self.renorm_clipping):
+            return self.options.renorm_clipping
+        return Clipping.of(self.renorm_clipping(self.num_batches_tracked))
+
+    def extra_repr(self) -> str:
+        """Describe the layer as PyTorch does, and the options that are not at their defaults."""
+        others = [
+            f"{name}={getattr(self, name)!r}" for name, default in OPTIONS.items() if getattr(self, name) != default
+        ]
+        return ", ".join([super().extra_repr(), *others])  # type: ignore[no-untyped-call]
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        # What was trained without renorm begins it where convert() does.
+        mean, variance = (state_dict.get(prefix + name) for name in ("running_mean", "running_var"))
+        known = any(prefix + name in state_dict for name in RENORM)
+        if self.renorm_mean is not None and not known and mean is not None and variance is not None:
+            state_dict[prefix + "renorm_mean"] = mean.clone()
+            state_dict[prefix + "renorm_stddev"] = torch.sqrt(variance + self.eps)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
+
+def checked(axis: int | tuple[int, ...], track_running_stats: bool, given: dict[str, Any]) -> Options:
+    """Check the options of a layer, before it has changed."""
+    options = functional.check(axis=axis, **given)
+    if options.renorm and not track_running_stats:
+        raise ValueError("track_running_stats must be True with renorm=True; received False.")
+    return options
+
+
+class BatchNorm1d(Layer):
+    """`torch.nn.BatchNorm1d` with batch renormalization, virtual batches and adjustment; shapes (N, C) or (N, C, L).
+
+    See `BatchNorm` for the mathematics and the arguments.
+
+    >>> layer = BatchNorm1d(2, virtual_batch_size=2)
+    >>> layer(torch.tensor([[0.0, 1.0], [0.0, 5.0], [2.0, 3.0], [4.0, 9.0]]))
+    tensor([[-1.0000, -1.0000],
+            [-1.0000, -1.0000],
+            [ 1.0000,  1.0000],
+            [ 1.0000,  1.0000]], grad_fn=<_ForwardBackward>)
+    """
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        if input.dim() != 2 and input.dim() != 3:
+            raise ValueError(f"expected 2D or 3D input (got {input.dim()}D input)")
+
+
+class BatchNorm2d(Layer):
+    """`torch.nn.BatchNorm2d` with batch renormalization, virtual batches and adjustment; shape (N, C, H, W).
+
+    See `BatchNorm` for the mathematics and the arguments.
+
+    >>> layer = BatchNorm2d(3, renorm=True)
+    >>> layer(torch.rand(4, 3, 8, 8)).shape
+    torch.Size([4, 3, 8, 8])
+    """
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        if input.dim() != 4:
+            raise ValueError(f"expected 4D input (got {input.dim()}D input)")
+
+
+class BatchNorm3d(Layer):
+    """`torch.nn.BatchNorm3d` with batch renormalization, virtual batches and adjustment; shape (N, C, D, H, W).
+
+    See `BatchNorm` for the mathematics and the arguments.
+
+    >>> layer = BatchNorm3d(3, momentum=None)
+    >>> layer(torch.rand(2, 3, 4, 4, 4)).shape
+    torch.Size([2, 3, 4, 4, 4])
+    """
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        if input.dim() != 5:
+            raise ValueError(f"expected 5D input (got {input.dim()}D input)")
+
+
+class BatchNorm(Layer):
+    """Batch normalization of any rank along any axis, or several.
+
+    In training y = (((x − m)/σ·r + d)·a + b)·weight + bias with σ = sqrt(v + eps), where m and v are the mean and the
+    biased variance of each feature over the batch, or over each virtual batch. With renorm
+
+        r = clip(σ/s, rmin, rmax),  d = clip((m − renorm_mean)/s, −dmax, dmax),  s = max(renorm_stddev, sqrt(eps)),
+
+    constants to the gradient, from before this batch; without it r = 1 and d = 0. (a, b) is the adjustment, or (1, 0).
+    In evaluation m and v are the running statistics, and r, d, a, b are left out. Arguments not named here are those of
+    `torch.nn.BatchNorm2d`, with the same defaults.
+
+    Args:
+        num_features: Size of the feature axis; for several axes a tuple of their sizes, ascending by axis. Parameters
+            and statistics have that shape.
+        axis: The feature axis, or several; negative ones count from the end.
+        renorm: Whether to correct by batch renormalization. Then `running_var` follows from an average of σ.
+        renorm_clipping: Limits of the correction: a mapping with any of the keys rmin, rmax and dmax to numbers or
+            scalar tensors, or a function from the number of batches tracked (a tensor) to such a mapping, for instance
+            a `ClippingSchedule`.
+        renorm_momentum: Weight of the new value in renorm's averages.
+        virtual_batch_size: Samples in each virtual batch of training; sample i is in virtual batch
+            i mod (N / virtual_batch_size). Running statistics move to the mean over virtual batches.
+        adjustment: Function of the input's shape to a pair (a, b) that broadcasts to it. Not with virtual batches.
+        fused: None or True for the fastest kernel that can serve, False for PyTorch's composed operations.
+
+    Raises:
+        TypeError: For an argument of the wrong type.
+        ValueError: For a value out of range, or for options that exclude each other.
+
+    Source: Ioffe and Szegedy (2015); Ioffe, Batch Renormalization (2017), algorithm 1; Hoffer, Hubara and Soudry (2017)
+    for virtual ("ghost") batches.
+
+    >>> layer = BatchNorm((3, 5), axis=(1, -1), renorm=True)
+    >>> layer(torch.rand(8, 3, 4, 5)).shape, layer.running_mean.shape
+    (torch.Size([8, 3, 4, 5]), torch.Size([3, 5]))
+    """
+
+    def __init__(
+        self, num_features: int | tuple[int, ...], axis: int | tuple[int, ...] = 1, *arguments: Any, **options: Any
+    ) -> None:
+        # Module's own attributes come with super().__init__(), plain ones may be set before.
+        self.axis = tuple(axis) if isinstance(axis, (list, tuple)) else axis
+        super().__init__(num_features, *arguments, **options)
+
+    def _axes(self, input: Tensor) -> tuple[int, ...]:
+        return functional.feature_axes(input, self.axis)
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        self._axes(input)
+
+    def extra_repr(self) -> str:
+        """Describe the layer."""
+        return f"{super().extra_repr()}, axis={self.axis}"

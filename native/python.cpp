@@ -251,7 +251,10 @@ void gradient_combine(int64_t rows, int64_t groups, int64_t span, int64_t featur
 // type, and statistics of one type. For arrays that take longer to exchange than small batches take to normalize.
 Values at(uintptr_t address, bool wide) { return {reinterpret_cast<void*>(address), wide}; }
 
-void forward_at(int64_t rows, int64_t groups, int64_t span, int64_t features, int64_t inner, bool own, int type,
+// GOMP_parallel of the process, where a caller has found it.
+OpenMP openmp = nullptr;
+
+void forward_at(int threads, int64_t rows, int64_t groups, int64_t span, int64_t features, int64_t inner, bool own, int type,
                 bool wide, uintptr_t x, uintptr_t y, double epsilon, uintptr_t gamma, uintptr_t beta,
                 uintptr_t adjustment_scale, uintptr_t adjustment_bias, uintptr_t renorm_mean, uintptr_t renorm_stddev,
                 double rmin, double rmax, double dmax, uintptr_t mean, uintptr_t variance, uintptr_t r, uintptr_t d) {
@@ -274,10 +277,11 @@ void forward_at(int64_t rows, int64_t groups, int64_t span, int64_t features, in
   p.variance = at(variance, wide);
   p.r = at(r, wide);
   p.d = at(d, wide);
+  Team team(openmp, threads);
   call(kernels().forward, p);
 }
 
-void backward_at(int64_t rows, int64_t groups, int64_t span, int64_t features, int64_t inner, bool own, int type,
+void backward_at(int threads, int64_t rows, int64_t groups, int64_t span, int64_t features, int64_t inner, bool own, int type,
                  bool wide, uintptr_t x, uintptr_t dy, uintptr_t dx, double epsilon, uintptr_t mean, uintptr_t variance,
                  uintptr_t gamma, uintptr_t r, uintptr_t d, uintptr_t adjustment_scale, uintptr_t adjustment_bias,
                  uintptr_t dgamma, uintptr_t dbeta, uintptr_t dadjustment_scale, uintptr_t dadjustment_bias) {
@@ -299,6 +303,7 @@ void backward_at(int64_t rows, int64_t groups, int64_t span, int64_t features, i
   p.dbeta = at(dbeta, wide);
   p.dadjustment_scale = at(dadjustment_scale, wide);
   p.dadjustment_bias = at(dadjustment_bias, wide);
+  Team team(openmp, threads);
   call(kernels().backward, p);
 }
 
@@ -326,6 +331,7 @@ NB_MODULE(_native, m) {
         arg("d").noconvert().none(), arg("adjustment_scale").noconvert().none(),
         arg("adjustment_bias").noconvert().none(), arg("dgamma").noconvert().none(), arg("dbeta").noconvert().none(),
         arg("dadjustment_scale").noconvert().none(), arg("dadjustment_bias").noconvert().none());
+  m.def("use_openmp", [](uintptr_t address) { openmp = reinterpret_cast<OpenMP>(address); });
   m.def("forward_at", &forward_at);
   m.def("backward_at", &backward_at);
   m.def("track_at", &track_at);

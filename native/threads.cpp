@@ -39,6 +39,30 @@ void pause() {
 #endif
 }
 
+// The team of the calling thread, if it has one.
+thread_local OpenMP team = nullptr;
+thread_local int team_threads = 0;
+
+struct Shared {
+  int64_t tasks;
+  void (*task)(void*, int64_t);
+  void* context;
+  std::atomic<int64_t> next{0};
+  std::mutex mutex;
+  std::exception_ptr failure;
+};
+
+void drain_shared(void* data) {
+  auto& shared = *static_cast<Shared*>(data);
+  try {
+    for (int64_t i; (i = shared.next.fetch_add(1)) < shared.tasks;) shared.task(shared.context, i);
+  } catch (...) {  // none may leave a region of OpenMP
+    std::lock_guard<std::mutex> lock(shared.mutex);
+    if (!shared.failure) shared.failure = std::current_exception();
+    shared.next.store(shared.tasks);
+  }
+}
+
 class Pool {
  public:
   explicit Pool(int workers) {
@@ -140,7 +164,17 @@ void forget_pool_in_child() {  // a forked process has no threads but its own
 
 }  // namespace
 
+Team::Team(OpenMP parallel, int threads) {
+  team = parallel;
+  team_threads = parallel == nullptr ? 0 : within(threads);
+}
+Team::~Team() {
+  team = nullptr;
+  team_threads = 0;
+}
+
 int num_threads() {
+  if (team_threads > 0) return team_threads;
   int threads = wanted.load(std::memory_order_relaxed);
   if (threads == 0) {
     threads = default_threads();
@@ -154,6 +188,12 @@ void set_num_threads(int threads) { wanted.store(within(threads), std::memory_or
 
 void parallel(int64_t tasks, void (*task)(void*, int64_t), void* context) {
   int threads = num_threads();
+  if (tasks > 1 && threads > 1 && team != nullptr) {
+    Shared shared{tasks, task, context};
+    team(drain_shared, &shared, static_cast<unsigned>(tasks < threads ? tasks : threads), 0);
+    if (shared.failure) std::rethrow_exception(shared.failure);
+    return;
+  }
   if (tasks > 1 && threads > 1) {
     std::unique_lock<std::mutex> mine(pool_mutex(), std::try_to_lock);
     if (mine) {

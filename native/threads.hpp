@@ -13,6 +13,17 @@ void parallel(int64_t tasks, void (*task)(void*, int64_t), void* context);
 int num_threads();
 void set_num_threads(int threads);  // taken as the nearest of 1 to 1024
 
+// While one of these lives, the calling thread uses a team of OpenMP's in the place of the pool: that of a framework
+// whose threads wait for work by spinning, and would take the processors from ours. `parallel` is GOMP_parallel, or null
+// to keep to the pool.
+using OpenMP = void (*)(void (*)(void*), void*, unsigned, unsigned);
+class Team {
+ public:
+  Team(OpenMP parallel, int threads);
+  ~Team();
+  Team(const Team&) = delete;
+};
+
 // Memory that a thread keeps from call to call: one piece for what spans the tasks of a call, one for a single task.
 enum class Slot : int { call, task };
 void* scratch(Slot slot, int64_t bytes);

@@ -42,7 +42,15 @@ def _tensorflow() -> Arrays:
     return Arrays(namespace, lambda value: tf.constant(np.asarray(value)))  # and not float32 for Python's floats
 
 
-@pytest.fixture(scope="session", params=[_numpy, _array_api_strict, _tensorflow], ids=lambda make: make.__name__[1:])
+def _torch() -> Arrays:
+    import torch
+
+    from batchnorm.torch import namespace
+
+    return Arrays(namespace, lambda value: torch.as_tensor(np.asarray(value)))
+
+
+@pytest.fixture(scope="session", params=[_numpy, _array_api_strict, _tensorflow, _torch], ids=lambda make: make.__name__[1:])
 def xp(request: pytest.FixtureRequest) -> Arrays:
     arrays: Arrays = request.param()
     return arrays

@@ -171,51 +171,53 @@ def normalize(
     renorm_momentum: float,
 ) -> tuple[Tensor, str]:
     """Normalize, move what is to be moved, and name the kernel that served. Nothing moves if anything is wrong."""
-    plain = axes == (1,) and renorm is None and options.virtual_batch_size is None and options.adjustment is None
     if not training:
         return _evaluate(x, axes, options, running, weight, bias, eps)
-    if plain and not _fits(x, running, weight, bias):  # PyTorch says what is wrong
+    size = options.virtual_batch_size
+    plain = axes == (1,) and renorm is None and size is None and options.adjustment is None
+    wrong = _wrong_shape(x, axes, running, weight, bias, renorm)
+    if wrong and plain:  # PyTorch says it
         return torch.nn.functional.batch_norm(x, *running, weight, bias, True, 0.0, eps), TORCH
-    count = _check_batch(x, axes, options.virtual_batch_size, eps)
-    if not plain:
-        _check_shapes(x, axes, running, weight, bias, renorm)
+    if wrong:
+        raise ValueError(wrong)
+    count = _check_batch(x, axes, size, eps)
     pair, by_feature = (None, True) if options.adjustment is None else _adjust(options.adjustment, x, axes)
-    native_serves = count > 0 and by_feature and native.serves(x, axes, options.virtual_batch_size)
-    torch_serves = plain and not (torch.is_tensor(momentum) and torch.compiler.is_compiling())
-    order = {KERNEL: native_serves, TORCH: torch_serves}
-    if torch_serves and not torch.compiler.is_compiling() and x.numel() <= SMALL:
-        order = {TORCH: torch_serves}
-    kernel = kernels.select(options.fused, order)
+    kernel = _select(x, axes, options, momentum, plain, by_feature and count > 0)
     if kernel == TORCH:
-        factor = float(momentum)
-        return torch.nn.functional.batch_norm(x, *running, weight, bias, True, factor, eps), kernel
-    parameters = tuple(x.shape[axis] for axis in axes)
+        return torch.nn.functional.batch_norm(x, *running, weight, bias, True, float(momentum), eps), kernel
     if kernel == KERNEL:
+        how = native.How(eps, axes, size)
         flat = None if pair is None else _flat(pair, x, axes)
         y, mean, variance = native.forward(
-            x, axes, options.virtual_batch_size, eps,
-            weight=weight, bias=bias, adjustment=flat, renorm=renorm, clipping=clipping,
-        )  # fmt: skip
-        bessel = count / (count - 1)
-        if native.track(mean, variance, running, momentum, bessel, eps, renorm, renorm_momentum):
+            x, how, weight=weight, bias=bias, adjustment=flat, renorm=renorm, clipping=clipping
+        )
+        if native.track(mean, variance, running, momentum, count / (count - 1), eps, renorm, renorm_momentum):
             return y, kernel
-        moments = Moments(mean, variance)
-        if options.virtual_batch_size is not None:
-            moments = Moments(mean.mean(dim=0), variance.mean(dim=0))
+        moments = Moments(mean.mean(dim=0), variance.mean(dim=0))
     else:
-        seen = composed.plan(x, axes, options.virtual_batch_size)
+        seen = composed.plan(x, axes, size)
         y, moments = composed.train(
             x, seen, eps, weight=weight, bias=bias, adjustment=pair, renorm=renorm, clipping=clipping
         )
+    shape = [x.shape[axis] for axis in axes]
+    moments = Moments(*(moment.reshape(shape) for moment in moments))
     if count > 0:
-        _move(Moments(*(moment.reshape(parameters) for moment in moments)), count, running, momentum, eps, renorm,
-              renorm_momentum)  # fmt: skip
+        _move(moments, count, running, momentum, eps, renorm, renorm_momentum)
     return y, kernel
 
 
-def _fits(x: Tensor, running: tuple[Tensor | None, Tensor | None], weight: Tensor | None, bias: Tensor | None) -> bool:
-    expected = x.shape[1:2]
-    return all(value is None or value.shape == expected for value in (*running, weight, bias))
+def _select(
+    x: Tensor, axes: tuple[int, ...], options: Options, momentum: float | Tensor, plain: bool, serves: bool
+) -> str:
+    if plain and x.numel() <= SMALL and options.fused is not False and not native.is_traced():
+        return TORCH
+    return kernels.select(
+        options.fused,
+        {
+            KERNEL: serves and native.serves(x, axes, options.virtual_batch_size),
+            TORCH: plain and not (torch.is_tensor(momentum) and torch.compiler.is_compiling()),
+        },
+    )
 
 
 @torch.no_grad()
@@ -261,7 +263,8 @@ def _evaluate(
     mean, variance = running
     if kernel == TORCH or mean is None or variance is None:
         return torch.nn.functional.batch_norm(x, mean, variance, weight, bias, False, 0.0, eps), TORCH
-    _check_shapes(x, axes, running, weight, bias, None)
+    if wrong := _wrong_shape(x, axes, running, weight, bias, None):
+        raise ValueError(wrong)
     return composed.evaluate(x, composed.plan(x, axes, None), eps, Moments(mean, variance), weight, bias), kernel
 
 
@@ -273,7 +276,9 @@ def _check_batch(x: Tensor, axes: tuple[int, ...], virtual_batch_size: int | Non
         raise ValueError(
             f"axis cannot include the batch axis 0 with virtual_batch_size={virtual_batch_size}; received axis={axes}."
         )
-    count = math.prod(size for axis, size in enumerate(x.shape) if axis not in axes)
+    shape = x.shape
+    features = shape[axes[0]] if len(axes) == 1 else math.prod(shape[axis] for axis in axes)
+    count = x.numel() // features if features else 0
     if virtual_batch_size is not None:
         samples = x.shape[0]
         if samples % virtual_batch_size:
@@ -289,22 +294,25 @@ def _check_batch(x: Tensor, axes: tuple[int, ...], virtual_batch_size: int | Non
     return count
 
 
-def _check_shapes(
+def _wrong_shape(
     x: Tensor,
     axes: tuple[int, ...],
     running: tuple[Tensor | None, Tensor | None],
     weight: Tensor | None,
     bias: Tensor | None,
     renorm: Pair | None,
-) -> None:
-    expected = tuple(x.shape[axis] for axis in axes)
+) -> str | None:
+    """Say which statistic or parameter does not have the shape of the feature axes, if one does not."""
+    shape = x.shape
+    expected = torch.Size([shape[axis] for axis in axes])
     names = ("running_mean", "running_var", "weight", "bias", "renorm_mean", "renorm_stddev")
     for name, value in zip(names, (*running, weight, bias, *(renorm or ())), strict=False):
-        if value is not None and tuple(value.shape) != expected:
-            raise ValueError(
-                f"{name} must have shape {expected} for an input of shape {tuple(x.shape)} with feature axes {axes}; "
-                f"received shape {tuple(value.shape)}."
+        if value is not None and value.shape != expected:
+            return (
+                f"{name} must have shape {tuple(expected)} for an input of shape {tuple(shape)} with feature axes "
+                f"{axes}; received shape {tuple(value.shape)}."
             )
+    return None
 
 
 def _adjust(adjustment: Callable[[Any], Any], x: Tensor, axes: tuple[int, ...]) -> tuple[Pair, bool]:

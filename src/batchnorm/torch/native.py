@@ -6,11 +6,14 @@ operators.
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import itertools
 import math
+import os
+import pathlib
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,14 +28,41 @@ from batchnorm.core.options import Clipping
 from . import composed
 from .composed import Pair, wide
 
-__all__ = ["forward", "serves", "track"]
+__all__ = ["How", "forward", "is_traced", "serves", "track"]
 
 TYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
 """The kernels' numbers of the types."""
 
+
+def _share_threads() -> None:
+    """Let the kernels use PyTorch's own threads, which spin while they wait, and would take the processors from others.
+
+    Where its OpenMP is not found, they keep to theirs.
+    """
+    folder = pathlib.Path(torch.__file__).parent
+    for path in sorted({*folder.glob("lib/libgomp*"), *folder.parent.glob("torch.libs/libgomp*")}):
+        try:
+            found = ctypes.CDLL(str(path), mode=os.RTLD_NOLOAD | os.RTLD_NOW).GOMP_parallel
+        except (OSError, AttributeError):  # not the one that is loaded
+            continue
+        if native.library is not None:
+            native.library.use_openmp(ctypes.cast(found, ctypes.c_void_p).value)
+        return
+
+
+_share_threads()
+
 Optional = Tensor | None
 Limits = tuple[float, float, float]
-Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+Five = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+class How(NamedTuple):
+    """What is not a tensor."""
+
+    epsilon: float
+    axes: tuple[int, ...]
+    virtual_batch_size: int | None
 
 
 def serves(x: Tensor, axes: tuple[int, ...], virtual_batch_size: int | None) -> bool:
@@ -48,7 +78,7 @@ def serves(x: Tensor, axes: tuple[int, ...], virtual_batch_size: int | None) -> 
         and runs <= (2 if virtual_batch_size is None else 1)
         and forward_ad._current_level < 0
         and not torch._C._are_functorch_transforms_active()
-        and (_is_plain(x) or _is_traced())
+        and (_is_plain(x) or is_traced())
     )
 
 
@@ -56,35 +86,30 @@ def _is_plain(x: Tensor) -> bool:
     return type(x) is Tensor or type(x) is torch.nn.Parameter
 
 
-def _is_traced() -> bool:
+def is_traced() -> bool:
+    """Tell whether what is called now goes into a graph, or to a mode that looks at every operator."""
     return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
 
 
 def forward(
     x: Tensor,
-    axes: tuple[int, ...],
-    virtual_batch_size: int | None,
-    epsilon: float,
+    how: How,
     *,
     weight: Optional = None,
     bias: Optional = None,
     adjustment: Pair | None = None,
     renorm: Pair | None = None,
-    clipping: Clipping | None = None,
+    clipping: Clipping,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Normalize by the batch; also return the mean and variance of each group, [groups][parameters]."""
     mean, stddev = renorm or (None, None)
     scale, shift = adjustment or (None, None)
-    if _is_traced():
-        limits = None if renorm is None else _tensor(clipping or Clipping(), x.device)
-        y, m, v, _, _ = torch.ops.batchnorm.forward(
-            x, weight, bias, scale, shift, mean, stddev, limits, epsilon, axes, virtual_batch_size
-        )
+    if is_traced():
+        limits = None if renorm is None else _tensor(clipping, x.device)
+        y, m, v, _, _ = torch.ops.batchnorm.forward(x, weight, bias, scale, shift, mean, stddev, limits, *how)
     else:
-        numbers = _numbers(clipping or Clipping())
-        y, m, v = _Forward.apply(  # type: ignore[no-untyped-call]
-            x, weight, bias, scale, shift, mean, stddev, numbers, epsilon, axes, virtual_batch_size
-        )
+        numbers = UNLIMITED if renorm is None else _numbers(clipping)
+        y, m, v = _Forward.apply(x, weight, bias, scale, shift, mean, stddev, numbers, how)  # type: ignore[no-untyped-call]
     return y, m, v
 
 
@@ -97,17 +122,17 @@ def track(
     One call instead of a dozen operators, of which each takes as long as a small batch.
     """
     averages = (*running, *(renorm or (None, None)))
-    if native.library is None or torch.is_tensor(momentum) or _is_traced():
+    if native.library is None or torch.is_tensor(momentum) or is_traced():
         return False
+    dtype = mean.dtype
     for average in averages:
-        if average is not None and not (average.dtype == mean.dtype and average.is_contiguous() and _is_plain(average)):
+        if average is not None and not (average.dtype == dtype and average.is_contiguous() and _is_plain(average)):
             return False
     running_mean, running_var, renorm_mean, renorm_stddev = map(_at, averages)
     groups, parameters = mean.shape
-    wide = mean.dtype == torch.float64
     native.library.track_at(
-        parameters, groups, wide, mean.data_ptr(), variance.data_ptr(), running_mean, running_var, momentum,
-        bessel, epsilon, renorm_mean, renorm_stddev, renorm_momentum,
+        parameters, groups, dtype == torch.float64, mean.data_ptr(), variance.data_ptr(), running_mean, running_var,
+        momentum, bessel, epsilon, renorm_mean, renorm_stddev, renorm_momentum,
     )  # fmt: skip
     return True
 
@@ -183,53 +208,49 @@ def _kept(value: Optional, dtype: torch.dtype) -> Optional:
 
 def _compute_forward(
     x: Tensor, weight: Optional, bias: Optional, scale: Optional, shift: Optional, renorm_mean: Optional,
-    renorm_stddev: Optional, limits: Limits, epsilon: float, axes: tuple[int, ...], virtual_batch_size: int | None,
-) -> Gradients:  # fmt: skip
+    renorm_stddev: Optional, limits: Limits, how: How,
+) -> tuple[Tensor, Tensor, Tensor, Optional, Optional]:  # fmt: skip
     assert native.library is not None
     dtype = wide(x)
-    x, view = _seen(x, axes, virtual_batch_size)
+    x, view = _seen(x, how.axes, how.virtual_batch_size)
     y = torch.empty_like(x)
-    statistics = torch.empty((2, 1 if view.own else view.groups, view.parameters), dtype=dtype)
-    correction = torch.empty((2, 0 if renorm_mean is None else view.parameters), dtype=dtype)
-    mean, variance = statistics.unbind()
-    r, d = correction.unbind()
+    shape = 1 if view.own else view.groups, view.parameters
+    mean, variance = torch.empty(shape, dtype=dtype), torch.empty(shape, dtype=dtype)
+    r, d = (None, None) if renorm_mean is None else torch.empty((2, view.parameters), dtype=dtype).unbind()
     given = [_kept(value, dtype) for value in (weight, bias, scale, shift, renorm_mean, renorm_stddev)]
     native.library.forward_at(
-        *view, TYPES[x.dtype], dtype == torch.float64, x.data_ptr(), y.data_ptr(), epsilon, *map(_at, given), *limits,
-        mean.data_ptr(), variance.data_ptr(), r.data_ptr(), d.data_ptr(),
+        torch.get_num_threads(), *view, TYPES[x.dtype], dtype == torch.float64, x.data_ptr(), y.data_ptr(),
+        how.epsilon, *map(_at, given), *limits, mean.data_ptr(), variance.data_ptr(), _at(r), _at(d),
     )  # fmt: skip
     return y, mean, variance, r, d
 
 
 def _compute_backward(
     dy: Tensor, x: Tensor, weight: Optional, bias: Optional, scale: Optional, shift: Optional, mean: Tensor,
-    variance: Tensor, r: Tensor, d: Tensor, epsilon: float, axes: tuple[int, ...], virtual_batch_size: int | None,
-) -> Gradients:  # fmt: skip
+    variance: Tensor, r: Optional, d: Optional, how: How,
+) -> tuple[Tensor, Optional, Optional, Optional, Optional]:  # fmt: skip
+    """Compute the gradients of x, and of those parameters that there are, in one row each."""
     assert native.library is not None
     dtype = wide(x)
-    x, view = _seen(x, axes, virtual_batch_size)
+    x, view = _seen(x, how.axes, how.virtual_batch_size)
     dy = _like(dy, x)
     dx = torch.empty_like(x)
-    parameters = torch.empty((4, view.parameters), dtype=dtype)
-    dweight, dbias, dscale, dshift = (
-        torch.empty(0, dtype=dtype) if value is None else gradient
-        for value, gradient in zip((weight, bias, scale, shift), parameters.unbind(), strict=True)
-    )
-    corrected = r.numel() > 0
-    given = [
-        _kept(value, dtype) for value in (weight, r if corrected else None, d if corrected else None, scale, shift)
+    gradients = [
+        None if value is None else torch.empty(view.parameters, dtype=dtype) for value in (weight, bias, scale, shift)
     ]
+    given = [_kept(value, dtype) for value in (weight, r, d, scale, shift)]
     native.library.backward_at(
-        *view, TYPES[x.dtype], dtype == torch.float64, x.data_ptr(), dy.data_ptr(), dx.data_ptr(), epsilon,
-        mean.data_ptr(), variance.data_ptr(), *map(_at, given),
-        *(gradient.data_ptr() if gradient.numel() else 0 for gradient in (dweight, dbias, dscale, dshift)),
+        torch.get_num_threads(), *view, TYPES[x.dtype], dtype == torch.float64, x.data_ptr(), dy.data_ptr(),
+        dx.data_ptr(), how.epsilon,
+        mean.data_ptr(), variance.data_ptr(), *map(_at, given), *map(_at, gradients),
     )  # fmt: skip
+    dweight, dbias, dscale, dshift = gradients
     return dx, dweight, dbias, dscale, dshift
 
 
 def _compute_second(
     upstream: Sequence[Optional], dy: Tensor, x: Tensor, weight: Optional, bias: Optional, scale: Optional,
-    shift: Optional, r: Tensor, d: Tensor, epsilon: float, axes: tuple[int, ...], virtual_batch_size: int | None,
+    shift: Optional, r: Optional, d: Optional, how: How,
 ) -> list[Optional]:  # fmt: skip
     """Differentiate the composed path twice, for dy, x, weight, bias, scale and shift.
 
@@ -240,13 +261,12 @@ def _compute_second(
             None if value is None else value.detach().requires_grad_() for value in (dy, x, weight, bias, scale, shift)
         ]
         dy, x, weight, bias, scale, shift = inputs  # type: ignore[assignment]
-        seen = composed.plan(x, tuple(axes), virtual_batch_size)
+        seen = composed.plan(x, how.axes, how.virtual_batch_size)
         pair = None
         if scale is not None and shift is not None:
             pair = scale.reshape(seen.input_shape), shift.reshape(seen.input_shape)
-        y, _ = composed.train(
-            x, seen, epsilon, weight=weight, bias=bias, adjustment=pair, correction=(r, d) if r.numel() else None
-        )
+        corrected = None if r is None or d is None or not r.numel() else (r, d)
+        y, _ = composed.train(x, seen, how.epsilon, weight=weight, bias=bias, adjustment=pair, correction=corrected)
         sources = [value for value in (x, weight, bias, scale, shift) if value is not None]
         weights = [
             one for value, one in zip((x, weight, bias, scale, shift), upstream, strict=True) if value is not None
@@ -263,8 +283,12 @@ def _compute_second(
     return [None if value is None else next(second) for value in inputs]
 
 
-def _shaped(gradient: Tensor, value: Optional) -> Optional:
-    return None if value is None else gradient.reshape(value.shape).to(value.dtype)
+def _shaped(gradient: Optional, value: Optional) -> Optional:
+    if gradient is None or value is None:
+        return None
+    if gradient.shape != value.shape:
+        gradient = gradient.reshape(value.shape)
+    return gradient if gradient.dtype == value.dtype else gradient.to(value.dtype)
 
 
 # ---- Eagerly.
@@ -273,7 +297,7 @@ def _shaped(gradient: Tensor, value: Optional) -> Optional:
 class _Forward(Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-        x, weight, bias, scale, shift, _, _, _, *ctx.rest = arguments
+        x, weight, bias, scale, shift, _, _, _, ctx.how = arguments
         y, mean, variance, r, d = _compute_forward(*arguments)
         ctx.save_for_backward(x, weight, bias, scale, shift, mean, variance, r, d)
         ctx.mark_non_differentiable(mean, variance)
@@ -282,19 +306,22 @@ class _Forward(Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Optional, *_: Any) -> Any:
-        nothing = (None,) * 6
         if dy is None:
-            return (None,) * 11
+            return (None,) * 9
         tensors = ctx.saved_tensors
-        differentiate = _Backward.apply if torch.is_grad_enabled() else _compute_backward
-        dx, *rest = differentiate(dy, *tensors, *ctx.rest)
-        return (dx, *(_shaped(one, value) for one, value in zip(rest, tensors[1:5], strict=True)), *nothing)
+        differentiate: Any = _Backward.apply if torch.is_grad_enabled() else _compute_backward
+        dx, dweight, dbias, dscale, dshift = differentiate(dy, *tensors, ctx.how)
+        _, weight, bias, scale, shift, *_ = tensors
+        return (
+            dx, _shaped(dweight, weight), _shaped(dbias, bias), _shaped(dscale, scale), _shaped(dshift, shift),
+            None, None, None, None,
+        )  # fmt: skip
 
 
 class _Backward(Function):
     @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> Gradients:
-        dy, x, weight, bias, scale, shift, _, _, r, d, *ctx.rest = arguments
+    def forward(ctx: Any, *arguments: Any) -> Any:
+        dy, x, weight, bias, scale, shift, _, _, r, d, ctx.how = arguments
         ctx.save_for_backward(dy, x, weight, bias, scale, shift, r, d)
         ctx.set_materialize_grads(False)
         return _compute_backward(*arguments)
@@ -302,7 +329,8 @@ class _Backward(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *upstream: Optional) -> Any:
-        return (*_compute_second(upstream, *ctx.saved_tensors, *ctx.rest), *(None,) * 7)
+        arguments = (upstream, *ctx.saved_tensors, ctx.how)
+        return (*_compute_second(*arguments), *(None,) * 5)
 
 
 # ---- In graphs.
@@ -323,12 +351,16 @@ def _forward_operator(
     virtual_batch_size: int | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     rmin, rmax, dmax = UNLIMITED if limits is None else limits.tolist()
-    y, *rest = _compute_forward(
-        x, weight, bias, adjustment_scale, adjustment_bias, renorm_mean, renorm_stddev, (rmin, rmax, dmax), epsilon,
-        tuple(axes), virtual_batch_size,
+    y, mean, variance, r, d = _compute_forward(
+        x, weight, bias, adjustment_scale, adjustment_bias, renorm_mean, renorm_stddev, (rmin, rmax, dmax),
+        How(epsilon, tuple(axes), virtual_batch_size),
     )  # fmt: skip
-    mean, variance, r, d = (one.clone() for one in rest)  # of an operator, no output may lie in another's memory
-    return y, mean, variance, r, d
+    return y, mean, variance, _present(r, mean), _present(d, mean)
+
+
+def _present(value: Optional, like: Tensor) -> Tensor:
+    """An output of an operator: what is absent has no elements, and none lies in another's memory."""
+    return like.new_empty(0) if value is None else value.clone()
 
 
 def _like_seen(x: Tensor, axes: Sequence[int]) -> Tensor:
@@ -365,11 +397,12 @@ def _backward_operator(
     axes: Sequence[int],
     virtual_batch_size: int | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    r, d = (value.contiguous() if value.numel() else None for value in (r, d))  # type: ignore[assignment]
     dx, *rest = _compute_backward(
-        dy, x, weight, bias, adjustment_scale, adjustment_bias, mean.contiguous(), variance.contiguous(),
-        r.contiguous(), d.contiguous(), epsilon, tuple(axes), virtual_batch_size,
+        dy, x, weight, bias, adjustment_scale, adjustment_bias, mean.contiguous(), variance.contiguous(), r, d,
+        How(epsilon, tuple(axes), virtual_batch_size),
     )  # fmt: skip
-    dweight, dbias, dscale, dshift = (one.clone() for one in rest)
+    dweight, dbias, dscale, dshift = (mean.new_empty(0) if one is None else one for one in rest)
     return dx, dweight, dbias, dscale, dshift
 
 
@@ -386,8 +419,8 @@ def _(
     )
 
 
-def _save_forward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, weight, bias, scale, shift, _, _, _, *ctx.rest = inputs
+def _save_forward(ctx: Any, inputs: tuple[Any, ...], output: Five) -> None:
+    x, weight, bias, scale, shift, _, _, _, *ctx.how = inputs
     ctx.save_for_backward(x, weight, bias, scale, shift, *output[1:])
     ctx.set_materialize_grads(False)
 
@@ -396,18 +429,20 @@ def _differentiate_forward(ctx: Any, dy: Optional, *_: Any) -> Any:
     if dy is None:
         return (None,) * 11
     tensors = ctx.saved_tensors
-    dx, *rest = torch.ops.batchnorm.backward(dy, *tensors, *ctx.rest)
+    dx, *rest = torch.ops.batchnorm.backward(dy, *tensors, *ctx.how)
     return (dx, *(_shaped(one, value) for one, value in zip(rest, tensors[1:5], strict=True)), *(None,) * 6)
 
 
-def _save_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    dy, x, weight, bias, scale, shift, _, _, r, d, *ctx.rest = inputs
+def _save_backward(ctx: Any, inputs: tuple[Any, ...], output: Five) -> None:
+    dy, x, weight, bias, scale, shift, _, _, r, d, *ctx.how = inputs
     ctx.save_for_backward(dy, x, weight, bias, scale, shift, r, d)
     ctx.set_materialize_grads(False)
 
 
 def _differentiate_backward(ctx: Any, *upstream: Optional) -> Any:
-    return (*_compute_second(upstream, *ctx.saved_tensors, *ctx.rest), *(None,) * 7)
+    epsilon, axes, virtual_batch_size = ctx.how
+    arguments = (upstream, *ctx.saved_tensors, How(epsilon, tuple(axes), virtual_batch_size))
+    return (*_compute_second(*arguments), *(None,) * 7)
 
 
 _forward_operator.register_autograd(_differentiate_forward, setup_context=_save_forward)

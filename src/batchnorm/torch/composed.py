@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -12,7 +14,7 @@ from batchnorm.core.options import Clipping
 
 from . import namespace as xp
 
-__all__ = ["Pair", "evaluate", "plan", "train", "wide"]
+__all__ = ["Pair", "evaluate", "memory_format", "plan", "train", "wide"]
 
 Pair = tuple[Tensor, Tensor]
 
@@ -65,8 +67,8 @@ def train(
         corrected = algebra.correction(xp, averaged, mean, stddev, epsilon, limits)
     elif correction is not None:
         corrected = Correction(*(value.to(dtype).reshape(shape) for value in correction))
-    affine = algebra.affine(
-        xp,
+    y = _normalize(
+        view,
         moments,
         epsilon,
         correction=corrected,
@@ -74,7 +76,17 @@ def train(
         gamma=parameter(weight),
         beta=parameter(bias),
     )
-    return kernels.scale_shift(view, affine).reshape(x.shape).to(x.dtype), averaged
+    return y.reshape(x.shape).to(x.dtype), averaged
+
+
+def _normalize(view: Tensor, moments: Moments, epsilon: float, **options: Any) -> Tensor:
+    """Apply the affine map to distances from the mean, and not from 0.
+
+    The gradient of the scale would lose digits where the mean is large.
+    """
+    centered = Moments(torch.zeros_like(moments.mean), moments.variance)
+    y: Tensor = kernels.scale_shift(view - moments.mean, algebra.affine(xp, centered, epsilon, **options))
+    return y
 
 
 def evaluate(
@@ -85,9 +97,22 @@ def evaluate(
     mean, variance, gamma, beta = (
         None if value is None else value.to(dtype).reshape(shape) for value in (*statistics, weight, bias)
     )
-    affine = algebra.affine(xp, Moments(mean, variance), epsilon, gamma=gamma, beta=beta)
-    y: Tensor = kernels.scale_shift(x.to(dtype), affine).to(x.dtype)
+    y: Tensor = _normalize(x.to(dtype), Moments(mean, variance), epsilon, gamma=gamma, beta=beta).to(x.dtype)
     return y
+
+
+def memory_format(x: Tensor) -> torch.memory_format:
+    """Say what PyTorch's own layer makes of an input: channels last if its strides are like that, even with gaps."""
+    order = {4: (1, 3, 2, 0), 5: (1, 4, 3, 2, 0)}.get(x.dim())
+    if order is None or x.is_contiguous() or x.stride(1) == 0 or x.numel() == 0:
+        return torch.contiguous_format
+    least = 0
+    for axis in order:
+        stride = x.stride(axis)
+        if stride < least or (axis == 0 and least == x.stride(1)):
+            return torch.contiguous_format
+        least = stride * max(x.shape[axis], 1)
+    return torch.channels_last if x.dim() == 4 else torch.channels_last_3d
 
 
 def _limits(clipping: Clipping) -> tuple[float | Tensor | None, ...]:

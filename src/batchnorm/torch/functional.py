@@ -176,7 +176,7 @@ def normalize(
     size = options.virtual_batch_size
     plain = axes == (1,) and renorm is None and size is None and options.adjustment is None
     wrong = _wrong_shape(x, axes, running, weight, bias, renorm)
-    if wrong and plain:  # PyTorch says it
+    if plain and (wrong or not _is_torch_s_mix(x, (*running, weight, bias))):  # PyTorch says what is wrong
         return torch.nn.functional.batch_norm(x, *running, weight, bias, True, 0.0, eps), TORCH
     if wrong:
         raise ValueError(wrong)
@@ -185,20 +185,30 @@ def normalize(
     kernel = _select(x, axes, options, momentum, plain, by_feature and count > 0)
     if kernel == TORCH:
         return torch.nn.functional.batch_norm(x, *running, weight, bias, True, float(momentum), eps), kernel
+    layout = composed.memory_format(x)
+    keeps = kernel == KERNEL and len(axes) == 1
+    own = x.contiguous(memory_format=layout) if keeps else _with_gradients_like(x, layout)
     if kernel == KERNEL:
-        how = native.How(eps, axes, size)
         flat = None if pair is None else _flat(pair, x, axes)
         y, mean, variance = native.forward(
-            x, how, weight=weight, bias=bias, adjustment=flat, renorm=renorm, clipping=clipping
+            own,
+            native.How(eps, axes, size),
+            weight=weight,
+            bias=bias,
+            adjustment=flat,
+            renorm=renorm,
+            clipping=clipping,
         )
+        y = y.contiguous(memory_format=layout)
         if native.track(mean, variance, running, momentum, count / (count - 1), eps, renorm, renorm_momentum):
             return y, kernel
         moments = Moments(mean.mean(dim=0), variance.mean(dim=0))
     else:
         seen = composed.plan(x, axes, size)
         y, moments = composed.train(
-            x, seen, eps, weight=weight, bias=bias, adjustment=pair, renorm=renorm, clipping=clipping
+            own, seen, eps, weight=weight, bias=bias, adjustment=pair, renorm=renorm, clipping=clipping
         )
+        y = y.contiguous(memory_format=layout)
     shape = [x.shape[axis] for axis in axes]
     moments = Moments(*(moment.reshape(shape) for moment in moments))
     if count > 0:
@@ -206,9 +216,31 @@ def normalize(
     return y, kernel
 
 
+class _GradientsLike(torch.autograd.Function):
+    """The same, with a gradient in a given layout."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layout: torch.memory_format) -> Tensor:
+        ctx.layout = layout
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient.contiguous(memory_format=ctx.layout), None
+
+
+def _with_gradients_like(x: Tensor, layout: torch.memory_format) -> Tensor:
+    if native.is_transformed() or native.is_traced():
+        return x  # where a gradient comes from elsewhere, its layout is nothing to insist on
+    kept: Tensor = _GradientsLike.apply(x, layout)  # type: ignore[no-untyped-call]
+    return kept
+
+
 def _select(
     x: Tensor, axes: tuple[int, ...], options: Options, momentum: float | Tensor, plain: bool, serves: bool
 ) -> str:
+    if native.is_transformed():  # of which PyTorch's operator has wrong second derivatives
+        return kernels.COMPOSED
     if plain and x.numel() <= SMALL and options.fused is not False and not native.is_traced():
         return TORCH
     return kernels.select(
@@ -260,18 +292,37 @@ def _evaluate(
     eps: float,
 ) -> tuple[Tensor, str]:
     kernel = kernels.select(options.fused, {TORCH: axes == (1,)})
+    if kernel != TORCH:
+        _check_type(x)
+        if eps < 0:
+            raise ValueError(f"batch_norm eps must be non-negative, but got {eps}")
     mean, variance = running
     if kernel == TORCH or mean is None or variance is None:
         return torch.nn.functional.batch_norm(x, mean, variance, weight, bias, False, 0.0, eps), TORCH
     if wrong := _wrong_shape(x, axes, running, weight, bias, None):
         raise ValueError(wrong)
-    return composed.evaluate(x, composed.plan(x, axes, None), eps, Moments(mean, variance), weight, bias), kernel
+    layout = composed.memory_format(x)
+    own, seen = _with_gradients_like(x, layout), composed.plan(x, axes, None)
+    y = composed.evaluate(own, seen, eps, Moments(mean, variance), weight, bias)
+    return y.contiguous(memory_format=layout), kernel
+
+
+def _check_type(x: Tensor) -> None:
+    if not x.is_floating_point():
+        raise TypeError(f"input must be of a floating-point type; received {x.dtype}.")
+
+
+def _is_torch_s_mix(x: Tensor, others: tuple[Tensor | None, ...]) -> bool:
+    """Tell whether PyTorch's operator takes these types: all the same, or a short input and the rest float32."""
+    if not x.is_floating_point():
+        return False
+    types = {value.dtype for value in others if value is not None}
+    return not types or types == {x.dtype} or (types == {torch.float32} and x.dtype in (torch.float16, torch.bfloat16))
 
 
 def _check_batch(x: Tensor, axes: tuple[int, ...], virtual_batch_size: int | None, eps: float) -> int:
     """Count the values of each feature in a (virtual) batch."""
-    if not x.is_floating_point():
-        raise TypeError(f"input must be of a floating-point type; received {x.dtype}.")
+    _check_type(x)
     if virtual_batch_size is not None and 0 in axes:
         raise ValueError(
             f"axis cannot include the batch axis 0 with virtual_batch_size={virtual_batch_size}; received axis={axes}."

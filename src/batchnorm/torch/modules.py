@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from batchnorm.core.options import Clipping, Options
+from batchnorm.core.options import Clipping, Options, received
 
 from . import functional
 from .composed import Pair
@@ -91,6 +91,7 @@ class Layer(_BatchNorm):
     def configure(self, given: dict[str, Any]) -> None:
         """Take over options that are checked; renorm's averages are made, or go."""
         self.options = checked(self.axis, self.track_running_stats, given)
+        self._plain = Options(axis=self.axis, fused=self.options.fused)  # of evaluation
         for name, value in given.items():
             setattr(self, name, value)
         if self.options.renorm:
@@ -127,12 +128,12 @@ class Layer(_BatchNorm):
         if self.momentum is None and batches is not None:  # the plain average of all batches
             momentum = 1.0 / (batches + 1) if torch.compiler.is_compiling() else 1.0 / (float(batches) + 1)
         renorm, clipping = None, Clipping()
-        if self.renorm_mean is not None and self.renorm_stddev is not None and running[0] is not None:
+        if self.training and self.renorm_mean is not None and self.renorm_stddev is not None and running[0] is not None:
             renorm, clipping = (self.renorm_mean, self.renorm_stddev), self._clipping()
         y, kernel = functional.normalize(
             input,
             self._axes(input),
-            self.options,
+            self.options if self.training else self._plain,
             running=running,
             weight=self.weight,
             bias=self.bias,
@@ -273,6 +274,10 @@ class BatchNorm(Layer):
     ) -> None:
         # Module's own attributes come with super().__init__(), plain ones may be set before.
         self.axis = tuple(axis) if isinstance(axis, (list, tuple)) else axis
+        Options(axis=self.axis)  # checks it
+        sizes = num_features if isinstance(num_features, (list, tuple)) else (num_features,)
+        if len(sizes) != (len(self.axis) if isinstance(self.axis, tuple) else 1):
+            raise ValueError(f"num_features must have one size for each axis of {axis}; {received(num_features)}.")
         super().__init__(num_features, *arguments, **options)
 
     def _axes(self, input: Tensor) -> tuple[int, ...]:

@@ -18,7 +18,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd import Function, forward_ad
-from torch.autograd.function import once_differentiable
 
 import batchnorm.native as native
 from batchnorm.core import geometry
@@ -28,7 +27,7 @@ from batchnorm.core.options import Clipping
 from . import composed
 from .composed import Pair, wide
 
-__all__ = ["How", "forward", "is_traced", "serves", "track"]
+__all__ = ["How", "forward", "is_traced", "is_transformed", "serves", "track"]
 
 TYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
 """The kernels' numbers of the types."""
@@ -76,14 +75,18 @@ def serves(x: Tensor, axes: tuple[int, ...], virtual_batch_size: int | None) -> 
         and x.device.type == "cpu"
         and x.dtype in TYPES
         and runs <= (2 if virtual_batch_size is None else 1)
-        and forward_ad._current_level < 0
-        and not torch._C._are_functorch_transforms_active()
+        and not is_transformed()
         and (_is_plain(x) or is_traced())
     )
 
 
 def _is_plain(x: Tensor) -> bool:
     return type(x) is Tensor or type(x) is torch.nn.Parameter
+
+
+def is_transformed() -> bool:
+    """Tell whether forward-mode derivatives or `torch.func` are at work."""
+    return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
 
 
 def is_traced() -> bool:
@@ -173,11 +176,12 @@ def _canonical(shape: tuple[int, ...], axes: tuple[int, ...], virtual_batch_size
 
 
 def _seen(x: Tensor, axes: tuple[int, ...], virtual_batch_size: int | None) -> tuple[Tensor, Canonical]:
-    """Lay a tensor out as the kernels can see it: channels last stays so."""
+    """Lay a tensor out as the kernels can see it: with a single feature axis, channels last stays so."""
     if not x.is_contiguous():
-        if axes == (1,) and _is_channels_last(x):
+        if len(axes) == 1 and _is_channels_last(x):
             n, channels, *rest = x.shape
-            return x, _canonical((n, *rest, channels), (x.ndim - 1,), virtual_batch_size)
+            moved = (0, x.ndim - 1, *range(1, x.ndim - 1))[axes[0]]
+            return x, _canonical((n, *rest, channels), (moved,), virtual_batch_size)
         x = x.contiguous()
     return x, _canonical(x.shape, axes, virtual_batch_size)
 
@@ -187,7 +191,7 @@ def _is_channels_last(x: Tensor) -> bool:
         return x.is_contiguous(memory_format=torch.channels_last)
     if x.ndim == 5:
         return x.is_contiguous(memory_format=torch.channels_last_3d)
-    return x.ndim == 3 and x.mT.is_contiguous()
+    return False
 
 
 def _like(values: Tensor, x: Tensor) -> Tensor:
@@ -256,10 +260,16 @@ def _compute_second(
 
     Moments are the functions of x that they are, so nothing is left for them as inputs.
     """
+    further = torch.is_grad_enabled()
+
+    def own(value: Optional) -> Optional:
+        """The same with a place of its own in the graph, so that dy's part in x is not counted as x's."""
+        if value is None or not (further and value.requires_grad):
+            return None if value is None else value.detach().requires_grad_()
+        return value.view_as(value)
+
     with torch.enable_grad():
-        inputs = [
-            None if value is None else value.detach().requires_grad_() for value in (dy, x, weight, bias, scale, shift)
-        ]
+        inputs = [own(value) for value in (dy, x, weight, bias, scale, shift)]
         dy, x, weight, bias, scale, shift = inputs  # type: ignore[assignment]
         seen = composed.plan(x, how.axes, how.virtual_batch_size)
         pair = None
@@ -277,7 +287,7 @@ def _compute_second(
         second = iter(
             torch.autograd.grad(
                 [one for one, _ in pairs], targets, [by.to(one.dtype).reshape(one.shape) for one, by in pairs],
-                allow_unused=True,
+                create_graph=further, allow_unused=True,
             )
         )  # fmt: skip
     return [None if value is None else next(second) for value in inputs]
@@ -327,7 +337,6 @@ class _Backward(Function):
         return _compute_backward(*arguments)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *upstream: Optional) -> Any:
         arguments = (upstream, *ctx.saved_tensors, ctx.how)
         return (*_compute_second(*arguments), *(None,) * 5)
@@ -364,7 +373,7 @@ def _present(value: Optional, like: Tensor) -> Tensor:
 
 
 def _like_seen(x: Tensor, axes: Sequence[int]) -> Tensor:
-    keeps = x.is_contiguous() or (tuple(axes) == (1,) and _is_channels_last(x))
+    keeps = x.is_contiguous() or (len(axes) == 1 and _is_channels_last(x))
     return torch.empty_like(x) if keeps else torch.empty_like(x, memory_format=torch.contiguous_format)
 
 

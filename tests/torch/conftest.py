@@ -1,0 +1,13 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+# The tests run in several processes, whose threads would wait for each other; the native kernels have their own.
+torch.set_num_threads(1)
+
+
+@pytest.fixture
+def force_native(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the native kernels serve also where PyTorch's own operator takes less time."""
+    monkeypatch.setattr("batchnorm.torch.functional.SMALL", 0)

@@ -1,0 +1,344 @@
+"""Bad input: PyTorch's errors where its layers have them, ours by name elsewhere; and nothing has changed after."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from batchnorm.torch import BatchNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d, batch_norm, convert
+from tests.core.test_options import BAD
+
+PAIRS = [(BatchNorm1d, nn.BatchNorm1d), (BatchNorm2d, nn.BatchNorm2d), (BatchNorm3d, nn.BatchNorm3d)]
+OPTIONS = ("renorm", "renorm_clipping", "renorm_momentum", "virtual_batch_size", "adjustment", "fused")
+
+
+def caught(call: Callable[..., Any], *arguments: Any, **options: Any) -> Exception:
+    with pytest.raises(Exception) as info:  # noqa: PT011  # whatever it is, it is compared
+        call(*arguments, **options)
+    assert isinstance(info.value, Exception)
+    return info.value
+
+
+def unchanged(layer: nn.Module, before: dict[str, Tensor]) -> None:
+    now = layer.state_dict()
+    assert list(now) == list(before)
+    for name, value in now.items():
+        assert torch.equal(value, before[name]), name
+
+
+def copied(layer: nn.Module) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in layer.state_dict().items()}
+
+
+# What PyTorch refuses
+
+
+SMALL, LARGE = (4, 3, 2, 2), (4, 3, 60, 61)
+INPUTS: dict[str, Callable[[], Any]] = {
+    "no axis": lambda: torch.zeros(()),
+    "one axis": lambda: torch.zeros(3),
+    "two axes": lambda: torch.zeros(4, 3),
+    "three axes": lambda: torch.zeros(4, 3, 2),
+    "four axes": lambda: torch.zeros(SMALL),
+    "five axes": lambda: torch.zeros(*SMALL, 2),
+    "six axes": lambda: torch.zeros(*SMALL, 2, 2),
+    "one value": lambda: torch.zeros(1, 3, 1, 1),
+    "one value, too many features": lambda: torch.zeros(1, 4, 1, 1),
+    "no value for any feature": lambda: torch.zeros(4, 0, 2, 2),
+    "too many features": lambda: torch.zeros(4, 4, 2, 2),
+    "too few features": lambda: torch.zeros(4, 2, 60, 61),
+    "one feature": lambda: torch.zeros(4, 1, 2, 2),
+    "int64": lambda: torch.zeros(SMALL, dtype=torch.int64),
+    "bool": lambda: torch.zeros(SMALL, dtype=torch.bool),
+    "complex": lambda: torch.zeros(SMALL, dtype=torch.complex64),
+    "wider than the layer": lambda: torch.zeros(SMALL, dtype=torch.float64),
+    "large, int64": lambda: torch.zeros(LARGE, dtype=torch.int64),
+    "large, wider than the layer": lambda: torch.zeros(LARGE, dtype=torch.float64),
+    "a list": lambda: [1.0],
+    "nothing": lambda: None,
+    "another device": lambda: torch.zeros(SMALL, device="meta"),
+}
+MIXED = [name for name in INPUTS if "int64" in name or "layer" in name or name in ("bool", "complex", "another device")]
+LAYERS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "not affine": {"affine": False},
+    "no bias": {"bias": False},
+    "no tracking": {"track_running_stats": False},
+    "neither": {"affine": False, "track_running_stats": False},
+    "epsilon 0": {"eps": 0.0},
+    "epsilon below 0": {"eps": -1.0},
+    "simple average": {"momentum": None},
+    "float64": {"dtype": torch.float64},
+    "float16": {"dtype": torch.float16},
+}
+
+
+def outcome(layer: nn.Module, x: Any) -> tuple[Any, ...]:
+    """The error, or what came out."""
+    try:
+        y = layer(x)
+    except Exception as error:
+        return type(error), str(error)
+    return None, y.dtype, y.shape
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+@pytest.mark.parametrize("path", ["default", "native", "composed"])
+@pytest.mark.parametrize("options", LAYERS)
+def test_inputs_are_refused_as_by_torch_and_change_nothing(
+    options: str, path: str, training: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if path == "native":
+        monkeypatch.setattr("batchnorm.torch.functional.SMALL", 0)
+    refused, differences = 0, []
+    for ours, theirs in PAIRS:
+        for name, make in INPUTS.items():
+            layer = ours(3, fused=False if path == "composed" else None, **LAYERS[options]).train(training)
+            before = copied(layer)
+            actual, expected = outcome(layer, make()), outcome(theirs(3, **LAYERS[options]).train(training), make())
+            wrong = actual != expected
+            if path == "composed":  # its operations mix types, which PyTorch's layer does not, and say other things
+                mixed = name in MIXED or "dtype" in LAYERS[options]
+                wrong = expected[0] is not None and actual[0] is None and not mixed
+            if wrong:
+                differences.append(f"{ours.__name__}, {name}: {actual} and not {expected}")
+            if actual[0] is not None:
+                unchanged(layer, before)
+                refused += 1
+    assert refused > 30
+    assert not differences, "\n".join(differences)
+
+
+def test_features_that_are_no_size_are_refused_as_by_torch() -> None:
+    for ours, theirs in PAIRS:
+        for features in ("3", 2.5, None, -1):
+            actual, expected = (caught(kind, features) for kind in (ours, theirs))
+            assert (type(actual), str(actual)) == (type(expected), str(expected))
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+@pytest.mark.parametrize("shape", [SMALL, LARGE], ids=["small", "large"])
+@pytest.mark.parametrize("wrong", ["running_mean", "running_var", "weight", "bias"])
+@pytest.mark.parametrize("size", [2, 4])
+def test_the_function_refuses_other_sizes_as_torch_does(
+    wrong: str, size: int, shape: tuple[int, ...], training: bool
+) -> None:
+    tensors = {name: torch.ones(3) for name in ("running_mean", "running_var", "weight", "bias")}
+    tensors[wrong] = torch.ones(size)
+    x = torch.zeros(shape)
+    actual, expected = (caught(one, x, **tensors, training=training) for one in (batch_norm, functional.batch_norm))
+    assert (type(actual), str(actual)) == (type(expected), str(expected))
+    assert all(torch.equal(value, torch.ones_like(value)) for value in tensors.values())
+
+
+def test_evaluation_without_statistics_is_refused_by_the_function_as_by_torch() -> None:
+    actual, expected = (caught(one, torch.zeros(4, 3), None, None) for one in (batch_norm, functional.batch_norm))
+    assert (type(actual), str(actual)) == (type(expected), str(expected))
+
+
+# Options
+
+
+VALUES = [one for one in BAD if one[0] in OPTIONS] + [
+    ("renorm_clipping", {"dmax": -1.0}, ValueError),
+    ("renorm_clipping", {"rmax": "3"}, TypeError),
+    ("renorm_clipping", {"rmin": torch.ones(2)}, TypeError),
+]
+KINDS: list[Any] = [BatchNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d]
+
+
+@pytest.mark.parametrize(("name", "value", "error"), VALUES, ids=lambda part: repr(part).replace(" ", ""))
+def test_a_bad_option_is_refused_by_name_and_value_before_a_layer_has_anything(
+    name: str, value: Any, error: type[Exception]
+) -> None:
+    for kind in KINDS:
+        layer: Any = kind.__new__(kind)
+        options = {"renorm": True} if name == "renorm_clipping" else {}
+        with pytest.raises(error, match=f"^{name}") as info:
+            layer.__init__(3, **{**options, name: value})
+        assert repr(next(iter(value.values())) if "['" in str(info.value) else value) in str(info.value)
+        assert not vars(layer).get("_parameters")
+        assert not vars(layer).get("_buffers")
+    if name != "renorm_clipping":
+        model = nn.Sequential(nn.BatchNorm2d(3), BatchNorm1d(3, virtual_batch_size=2))
+        layers = list(model)
+        with pytest.raises(error, match=f"^{name}"):
+            convert(model, **{name: value})
+        assert [one is other for one, other in zip(layers, model, strict=True)] == [True, True]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "error"),
+    [one for one in VALUES if one[0] not in ("renorm", "adjustment")],
+    ids=lambda part: repr(part).replace(" ", ""),
+)
+def test_the_function_refuses_a_bad_option_by_name(name: str, value: Any, error: type[Exception]) -> None:
+    state: dict[str, Any] = {
+        name: torch.ones(3) for name in ("running_mean", "running_var", "renorm_mean", "renorm_stddev")
+    }
+    with pytest.raises(error, match=f"^{name}"):
+        batch_norm(torch.zeros(4, 3), training=True, **state, **{name: value})
+    assert all(torch.equal(one, torch.ones(3)) for one in state.values())
+
+
+@pytest.mark.parametrize(
+    ("axis", "error"), [(value, error) for name, value, error in BAD if name == "axis"], ids=lambda part: repr(part)
+)
+def test_a_bad_axis_is_refused_by_name(axis: Any, error: type[Exception]) -> None:
+    for call in (
+        lambda: BatchNorm(3, axis=axis),
+        lambda: batch_norm(torch.zeros(4, 3), None, None, training=True, axis=axis),
+    ):
+        with pytest.raises(error, match=r"^axis") as info:
+            call()
+        assert repr(axis).strip("[]()") in str(info.value)
+
+
+@pytest.mark.parametrize(
+    ("features", "axis"),
+    [((3, 4), 1), ((3, 4), (1,)), (3, (1, 2)), ((3,), (1, 2)), ((3, 4, 5), (1, 2)), ((), 1)],
+    ids=str,
+)
+def test_there_is_one_number_of_features_for_each_axis(features: Any, axis: Any) -> None:
+    with pytest.raises(ValueError, match=r"^num_features") as info:
+        BatchNorm(features, axis)
+    assert repr(features) in str(info.value)
+
+
+EXCLUSIVE: dict[str, tuple[dict[str, Any], str]] = {
+    "adjusted virtual batches": ({"adjustment": lambda shape: (1, 0), "virtual_batch_size": 2}, "adjustment"),
+    "renorm without statistics": ({"renorm": True, "track_running_stats": False}, "track_running_stats"),
+}
+
+
+@pytest.mark.parametrize(("options", "named"), EXCLUSIVE.values(), ids=EXCLUSIVE)
+@pytest.mark.parametrize("kind", KINDS)
+def test_options_that_exclude_each_other_are_both_named(kind: Any, options: dict[str, Any], named: str) -> None:
+    layer = kind.__new__(kind)
+    with pytest.raises(ValueError, match=named) as info:
+        layer.__init__(3, **options)
+    assert all(name in str(info.value) for name in options)
+    assert not vars(layer).get("_parameters")
+
+
+def test_the_batch_s_axis_has_no_virtual_batches() -> None:
+    layer = BatchNorm(4, axis=0, virtual_batch_size=2)
+    before = copied(layer)
+    for axis in (0, -2, (0, 1)):
+        sizes = (4, 3) if axis == (0, 1) else 4
+        for call in (
+            lambda axis=axis, sizes=sizes: BatchNorm(sizes, axis, virtual_batch_size=2)(torch.zeros(4, 3)),
+            lambda axis=axis: batch_norm(torch.zeros(4, 3), None, None, training=True, axis=axis, virtual_batch_size=2),
+        ):
+            with pytest.raises(ValueError, match=r"^axis.*virtual_batch_size=2"):
+                call()
+    unchanged(layer, before)
+
+
+def test_the_averages_of_renorm_are_given_together_and_beside_running_statistics() -> None:
+    x, one = torch.zeros(4, 3), torch.ones(3)
+    averages: list[dict[str, Any]] = [{"renorm_mean": one}, {"renorm_stddev": one}]
+    for given in averages:
+        with pytest.raises(ValueError, match=r"renorm_mean.*renorm_stddev"):
+            batch_norm(x, one, one, training=True, **given)
+    averages = [{"running_mean": None, "running_var": one}, {"running_mean": one, "running_var": None}]
+    for given in averages:
+        with pytest.raises(ValueError, match=r"renorm_mean.*running_mean.*running_var"):
+            batch_norm(x, **given, training=True, renorm_mean=one, renorm_stddev=one)
+    assert torch.equal(one, torch.ones(3))
+
+
+# Batches that do not fit the options
+
+
+def never(shape: Any) -> Any:
+    raise RuntimeError("no adjustment today")
+
+
+UNFIT: dict[str, tuple[dict[str, Any], tuple[int, ...], type[Exception], str]] = {
+    "no multiple": ({"virtual_batch_size": 3}, (4, 3, 2), ValueError, r"^virtual_batch_size.*\b4\b.*\b3\b"),
+    "fewer than one": ({"virtual_batch_size": 3}, (2, 3, 2), ValueError, r"^virtual_batch_size.*\b2\b.*\b3\b"),
+    "one value": ({"virtual_batch_size": 1}, (4, 3), ValueError, "Expected more than 1 value per channel"),
+    "one value, renorm": ({"renorm": True}, (1, 3, 1), ValueError, "Expected more than 1 value per channel"),
+    "features, renorm": ({"renorm": True}, (4, 5, 2), ValueError, r"\(5,\).*\(3,\)"),
+    "features, virtual": ({"virtual_batch_size": 2}, (4, 5, 2), ValueError, r"\(5,\).*\(3,\)"),
+    "one feature": ({"renorm": True}, (4, 1, 2), ValueError, r"\(1,\).*\(3,\)"),
+    "features, other axis": ({"axis": -1}, (4, 3, 2), ValueError, r"\(2,\).*\(3,\)"),
+    "epsilon": ({"renorm": True, "eps": 0.0}, (4, 3), ValueError, "eps must be positive.*0.0"),
+    "no pair": ({"adjustment": lambda shape: 1.0}, (4, 3), ValueError, "^adjustment.*pair.*1.0"),
+    "no pair but one": ({"adjustment": lambda shape: (1.0,)}, (4, 3), ValueError, r"^adjustment.*pair.*\(1.0,\)"),
+    "three": ({"adjustment": lambda shape: (1.0, 0.0, 0.0)}, (4, 3), ValueError, "^adjustment.*pair"),
+    "too long": (
+        {"adjustment": lambda shape: (torch.ones(5), 0.0)},
+        (4, 3),
+        ValueError,
+        r"^adjustment.*\(4, 3\).*\(5,\)",
+    ),
+    "too many axes": (
+        {"adjustment": lambda shape: (1.0, torch.ones(1, 4, 3))},
+        (4, 3),
+        ValueError,
+        r"^adjustment.*\(4, 3\).*\(1, 4, 3\)",
+    ),
+    "failing adjustment": ({"adjustment": never}, (4, 3), RuntimeError, "no adjustment today"),
+    "failing schedule": ({"renorm": True, "renorm_clipping": never}, (4, 3), RuntimeError, "no adjustment today"),
+    "unknown limit": (
+        {"renorm": True, "renorm_clipping": lambda batches: {"amax": 1}},
+        (4, 3),
+        ValueError,
+        "^renorm_clipping.*amax",
+    ),
+    "no limits": ({"renorm": True, "renorm_clipping": lambda batches: 3}, (4, 3), TypeError, "^renorm_clipping.*3"),
+    "negative limit": (
+        {"renorm": True, "renorm_clipping": lambda batches: {"dmax": -1}},
+        (4, 3),
+        ValueError,
+        r"^renorm_clipping\['dmax'\].*-1",
+    ),
+    "axis beyond": ({"axis": 3}, (4, 3, 3), ValueError, r"^axis.*axis=3.*\(4, 3, 3\)"),
+    "axis before": ({"axis": -4}, (4, 3, 3), ValueError, r"^axis.*axis=-4.*\(4, 3, 3\)"),
+    "the same axis twice": (
+        {"axis": (1, -2), "num_features": (3, 3)},
+        (4, 3, 5),
+        ValueError,
+        "^axis.*once",
+    ),
+    "integers, renorm": ({"renorm": True}, (4, 3), TypeError, "^input.*int64"),
+    "integers, last axis": ({"axis": -1}, (4, 2, 3), TypeError, "^input.*int64"),
+}
+
+
+@pytest.mark.parametrize("fused", [None, False], ids=["native", "composed"])
+@pytest.mark.parametrize("name", UNFIT)
+def test_a_batch_that_does_not_fit_the_options_is_refused_and_changes_nothing(name: str, fused: bool | None) -> None:
+    options, shape, error, message = UNFIT[name]
+    layer: Any = BatchNorm(**{"num_features": 3, **options, "fused": fused})
+    before = copied(layer)
+    x = torch.ones(shape, dtype=torch.int64 if "integers" in name else torch.float32)
+    with pytest.raises(error, match=re.compile(message, re.DOTALL)):
+        layer(x)
+    unchanged(layer, before)
+
+
+@pytest.mark.parametrize("name", [name for name in UNFIT if "axis" in name or "features" in name])
+def test_evaluation_refuses_what_does_not_fit_too(name: str) -> None:
+    options, shape, _, _ = UNFIT[name]
+    layer: Any = BatchNorm(**{"num_features": 3, **options}).eval()
+    before = copied(layer)
+    with pytest.raises((ValueError, TypeError, RuntimeError)) as info:
+        layer(torch.ones(shape, dtype=torch.int64 if "integers" in name else torch.float32))
+    assert not isinstance(info.value, IndexError)
+    unchanged(layer, before)
+
+
+def test_evaluation_takes_any_batch_whatever_the_options_of_training() -> None:
+    for options in ({"virtual_batch_size": 3}, {"adjustment": never}, {"renorm": True, "renorm_clipping": never}):
+        layer: Any = BatchNorm2d(3, **options).eval()
+        x = torch.randn(1, 3, 1, 1, generator=torch.Generator().manual_seed(0))
+        torch.testing.assert_close(layer(x), x / (1 + layer.eps) ** 0.5)

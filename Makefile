@@ -16,7 +16,9 @@ lint: .venv/.installed
 	$(BIN)/mypy
 
 bench: .venv/.installed
-	$(BIN)/python -m benchmarks --update-readme
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[bench]"
+	$(BIN)/python -m benchmarks tensorflow --update-readme
+	$(BIN)/python -m benchmarks pytorch --update-readme
 
 format: .venv/.installed
 	$(BIN)/ruff check --fix .

@@ -736,7 +736,15 @@ def test_fused_says_which_kernel_serves(training: bool) -> None:
         ({"adjustment": lambda shape: (np.ones(3), 0.5)}, "native"),
         ({"adjustment": lambda shape: (np.ones((4, 1, 1, 1)), 0.5)}, "composed"),
     ],
-    ids=["side by side", "apart", "apart and renorm", "apart and virtual batches", "renorm and virtual batches", "by feature", "by sample"],
+    ids=[
+        "side by side",
+        "apart",
+        "apart and renorm",
+        "apart and virtual batches",
+        "renorm and virtual batches",
+        "by feature",
+        "by sample",
+    ],
 )
 def test_the_native_kernels_serve_whatever_is_one_map_per_feature_over_two_runs_of_axes(
     options: dict[str, Any], kernel: str

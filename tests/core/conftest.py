@@ -50,7 +50,9 @@ def _torch() -> Arrays:
     return Arrays(namespace, lambda value: torch.as_tensor(np.asarray(value)))
 
 
-@pytest.fixture(scope="session", params=[_numpy, _array_api_strict, _tensorflow, _torch], ids=lambda make: make.__name__[1:])
+@pytest.fixture(
+    scope="session", params=[_numpy, _array_api_strict, _tensorflow, _torch], ids=lambda make: make.__name__[1:]
+)
 def xp(request: pytest.FixtureRequest) -> Arrays:
     arrays: Arrays = request.param()
     return arrays

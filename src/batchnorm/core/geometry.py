@@ -47,12 +47,12 @@ class Geometry:
     features: tuple[tuple[int, int], ...]
     virtual_batch_size: int | None
 
-    @functools.cached_property
+    @property
     def axes(self) -> tuple[int, ...]:
         """The feature axes of the input, ascending, none negative."""
         return tuple(axis for axis, _ in self.features)
 
-    @functools.cached_property
+    @property
     def reduced_axes(self) -> tuple[int, ...]:
         """The axes of the view that statistics are taken over."""
         reduced = [axis for axis in range(self.rank) if axis not in self.axes]
@@ -65,20 +65,20 @@ class Geometry:
         """The axis of the view that counts virtual batches."""
         return None if self.virtual_batch_size is None else 1
 
-    @functools.cached_property
+    @property
     def input_shape(self) -> tuple[int, ...]:
         """The shape in which a parameter broadcasts against the input."""
         sizes = dict(self.features)
         return tuple(sizes.get(axis, 1) for axis in range(self.rank))
 
-    @functools.cached_property
+    @property
     def view_shape(self) -> tuple[int, ...]:
         """The shape in which a parameter broadcasts against the view."""
         if self.virtual_batch_size is None:
             return self.input_shape
         return (self.input_shape[0], 1, *self.input_shape[1:])
 
-    @functools.cached_property
+    @property
     def parameter_shape(self) -> tuple[int, ...]:
         """The shape of gamma, beta and every statistic in checkpoints."""
         if len(self.features) == 1 and self.virtual_batch_size is None:

@@ -21,7 +21,8 @@ Pair = tuple[Tensor, Tensor]
 
 def plan(x: Tensor, axes: tuple[int, ...], virtual_batch_size: int | None) -> Geometry:
     """Work out the geometry, without the cache where it would be traced into a graph."""
-    make = geometry.plan.__wrapped__ if torch.compiler.is_compiling() else geometry.plan
+    known = not torch.compiler.is_compiling() and all(type(size) is int for size in x.shape)
+    make = geometry.plan if known else geometry.plan.__wrapped__
     seen: Geometry = make(tuple(x.shape), axes, virtual_batch_size)
     return seen
 
@@ -61,10 +62,14 @@ def train(
     corrected = None
     if renorm is not None:
         mean, stddev = (value.detach().to(dtype).reshape(shape) for value in renorm)
-        limits = Clipping(
-            *(value.to(dtype) if torch.is_tensor(value) else value for value in _limits(clipping or Clipping()))
-        )
+        given = clipping or Clipping()
+        rmin, rmax, dmax = [
+            value.to(dtype) if torch.is_tensor(value) else value for value in (given.rmin, given.rmax, given.dmax)
+        ]
+        limits = Clipping(rmin, rmax, dmax)
         corrected = algebra.correction(xp, averaged, mean, stddev, epsilon, limits)
+        if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+            corrected = Correction(*[torch.ops.batchnorm.keep(value) for value in corrected])
     elif correction is not None:
         corrected = Correction(*(value.to(dtype).reshape(shape) for value in correction))
     y = _normalize(
@@ -77,6 +82,17 @@ def train(
         beta=parameter(bias),
     )
     return y.reshape(x.shape).to(x.dtype), averaged
+
+
+@torch.library.custom_op("batchnorm::keep", mutates_args=())
+def _keep(value: Tensor) -> Tensor:
+    """Copy r or d, which compilers must not compute again for the backward pass: the averages have moved by then."""
+    return value.clone()
+
+
+@_keep.register_fake
+def _(value: Tensor) -> Tensor:
+    return torch.empty_like(value)
 
 
 def _normalize(view: Tensor, moments: Moments, epsilon: float, **options: Any) -> Tensor:
@@ -113,10 +129,6 @@ def memory_format(x: Tensor) -> torch.memory_format:
             return torch.contiguous_format
         least = stride * max(x.shape[axis], 1)
     return torch.channels_last if x.dim() == 4 else torch.channels_last_3d
-
-
-def _limits(clipping: Clipping) -> tuple[float | Tensor | None, ...]:
-    return clipping.rmin, clipping.rmax, clipping.dmax
 
 
 def _along(adjustment: Pair, x: Tensor, seen: Geometry, dtype: torch.dtype) -> Pair:

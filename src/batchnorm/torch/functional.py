@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -241,8 +240,11 @@ def _select(
 ) -> str:
     if native.is_transformed():  # of which PyTorch's operator has wrong second derivatives
         return kernels.COMPOSED
-    if plain and x.numel() <= SMALL and options.fused is not False and not native.is_traced():
-        return TORCH
+    if plain and options.fused is not False:
+        small = x.numel() <= SMALL and not native.is_traced()
+        # Exported programs hold nothing of this package where they can do without.
+        if small or (torch.compiler.is_exporting() and not torch.is_tensor(momentum)):
+            return TORCH
     return kernels.select(
         options.fused,
         {
@@ -328,7 +330,9 @@ def _check_batch(x: Tensor, axes: tuple[int, ...], virtual_batch_size: int | Non
             f"axis cannot include the batch axis 0 with virtual_batch_size={virtual_batch_size}; received axis={axes}."
         )
     shape = x.shape
-    features = shape[axes[0]] if len(axes) == 1 else math.prod(shape[axis] for axis in axes)
+    features = 1
+    for axis in axes:
+        features *= shape[axis]
     count = x.numel() // features if features else 0
     if virtual_batch_size is not None:
         samples = x.shape[0]

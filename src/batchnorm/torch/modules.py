@@ -88,12 +88,19 @@ class Layer(_BatchNorm):
         self.configure(given)
         self.reset_renorm()
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set an attribute; an option is checked, and takes effect at the next call."""
+        if name in OPTIONS and "options" in self.__dict__:
+            self.configure({option: getattr(self, option) for option in OPTIONS} | {name: value})
+        else:
+            super().__setattr__(name, value)
+
     def configure(self, given: dict[str, Any]) -> None:
-        """Take over options that are checked; renorm's averages are made, or go."""
+        """Take over options; renorm's averages are made, or go."""
         self.options = checked(self.axis, self.track_running_stats, given)
         self._plain = Options(axis=self.axis, fused=self.options.fused)  # of evaluation
         for name, value in given.items():
-            setattr(self, name, value)
+            super().__setattr__(name, value)
         if self.options.renorm:
             assert self.running_mean is not None
             assert self.running_var is not None

@@ -10,7 +10,9 @@ sqrt = torch.sqrt
 
 
 def maximum(x1: Any, x2: Any, /) -> Any:
-    """Take the larger; either may be a number."""
+    """Take the larger; the second may be a number, and both sizes that are not known yet."""
+    if not torch.is_tensor(x1):
+        return torch.sym_max(x1, x2)  # type: ignore[no-untyped-call]
     return torch.maximum(x1, x2) if torch.is_tensor(x2) else torch.clamp_min(x1, x2)
 
 

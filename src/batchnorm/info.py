@@ -44,12 +44,20 @@ def lines() -> Iterator[str]:
     yield from _served("NumPy", _numpy_kernel)
     if importlib.util.find_spec("tensorflow") is not None:
         yield from _served("TensorFlow", _tensorflow_kernel)
+    if importlib.util.find_spec("torch") is not None:
+        yield from _served("PyTorch", _torch_kernel)
+        few = (_torch_kernel({}, training, size=2) for training in (True, False))
+        yield _row("plain, few values", *few)
 
 
 def _served(framework: str, kernel: Callable[[dict[str, Any], bool], str | None]) -> Iterator[str]:
     yield f"{framework}, inputs of rank 4, served in training and in inference by:"
     for title, options in OPTIONS.items():
-        yield f"  {title:<28}{kernel(options, True):<20}{kernel(options, False)}"
+        yield _row(title, kernel(options, True), kernel(options, False))
+
+
+def _row(title: str, training: str | None, inference: str | None) -> str:
+    return f"  {title:<28}{training:<20}{inference}"
 
 
 def _numpy_kernel(options: dict[str, Any], training: bool) -> str | None:
@@ -70,4 +78,15 @@ def _tensorflow_kernel(options: dict[str, Any], training: bool) -> str | None:
 
     layer = BatchNormalization(**options)
     layer(tf.ones([4, 2, 2, 3]), training=training)
+    return layer.kernel
+
+
+def _torch_kernel(options: dict[str, Any], training: bool, size: int = 16) -> str | None:
+    import torch
+
+    from .torch import BatchNorm
+
+    axis = tuple(options.get("axis", [1]))
+    layer = BatchNorm((size,) * len(axis), **options | {"axis": axis}).train(training)
+    layer(torch.ones(size, size, size, size))
     return layer.kernel

@@ -18,7 +18,15 @@ if TYPE_CHECKING:
 
 __all__ = ["main"]
 
-_PACKAGES = {"tensorflow": "TensorFlow", "sklearn": "scikit-learn", "matplotlib": "Matplotlib", "rich": "Rich"}
+_PACKAGES = {
+    "tensorflow": "TensorFlow",
+    "torch": "PyTorch",
+    "sklearn": "scikit-learn",
+    "matplotlib": "Matplotlib",
+    "rich": "Rich",
+}
+_FRAMEWORKS = {"tensorflow": ("tensorflow", "demo"), "torch": ("pytorch", "demo,torch")}
+"""The module here that runs the experiments on a framework, and the extras that bring what it needs."""
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "batchnorm demo") -> int:
@@ -42,10 +50,11 @@ def main(argv: Sequence[str] | None = None, prog: str = "batchnorm demo") -> int
         package = _PACKAGES.get((error.name or "").partition(".")[0])
         if package is None:
             raise
-        print(f'{prog} needs {package}: pip install "batchnorm[demo]"', file=sys.stderr)
+        extras = _FRAMEWORKS[arguments.framework][1]
+        print(f'{prog} needs {package}: pip install "batchnorm[{extras}]"', file=sys.stderr)
         return 2
     comparisons = experiments.quick(experiments.COMPARISONS) if arguments.quick else experiments.COMPARISONS
-    report.announce(comparisons, arguments.seeds)
+    report.announce(comparisons, arguments.seeds, _PACKAGES[arguments.framework])
     results = _measure(run, comparisons, digits.load(), arguments.seeds)
     report.show(results)
     report.draw(results, arguments.output)
@@ -62,7 +71,12 @@ def _parser(prog: str) -> argparse.ArgumentParser:
         "--output", type=Path, default=Path("batchnorm-demo.png"), metavar="PATH", help="figure to write, a PNG"
     )
     parser.add_argument("--seeds", type=_positive, default=3, metavar="N", help="runs of each experiment (default: 3)")
-    parser.add_argument("--framework", choices=["tensorflow"], default="tensorflow", help="what to run it on")
+    parser.add_argument(
+        "--framework",
+        choices=list(_FRAMEWORKS),
+        default="tensorflow",
+        help="what to run it on (default: tensorflow); the experiments are the same",
+    )
     parser.add_argument("--quick", action="store_true", help="train for two steps only, to see that all of it works")
     return parser
 
@@ -78,7 +92,7 @@ def _framework(name: str) -> Run:
     """Import what runs the experiments; quietly, for TensorFlow reports on the processor while it is imported."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     with _silence():
-        run: Run = importlib.import_module(f".{name}", __name__).run
+        run: Run = importlib.import_module(f".{_FRAMEWORKS[name][0]}", __name__).run
     return run
 
 

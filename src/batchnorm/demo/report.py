@@ -37,11 +37,11 @@ _GRID = "#e4e4e4"
 _PERCENT = f"{TARGET:.0%}".replace("%", " %")
 
 
-def announce(comparisons: Sequence[Comparison], seeds: int) -> None:
+def announce(comparisons: Sequence[Comparison], seeds: int, framework: str) -> None:
     """Say what is about to be run."""
     runs = seeds * sum(len(one.experiments) for one in comparisons)
     times = "once" if seeds == 1 else f"with {seeds} seeds"
-    _console().print(f"Training {runs} networks: {runs // seeds} experiments, each {times}.")
+    _console().print(f"Training {runs} networks on {framework}: {runs // seeds} experiments, each {times}.")
 
 
 class Progress:

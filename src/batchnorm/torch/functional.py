@@ -23,7 +23,7 @@ Limits = Mapping[str, float | Tensor] | None
 
 TORCH = "torch"
 """The name of PyTorch's own operator, where a layer says which kernel served."""
-SMALL = 1 << 13
+SMALL = 1 << 17
 """Values up to which PyTorch's own operator takes less time than handing tensors to the native kernels."""
 
 

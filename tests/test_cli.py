@@ -21,9 +21,10 @@ def test_info_tells_versions_frameworks_threads_and_who_serves_what() -> None:
     assert done.returncode == 0, done.stderr
     assert f"batchnorm {batchnorm.__version__}" in done.stdout
     assert "tensorflow 2." in done.stdout
+    assert "torch 2." in done.stdout
     assert f"native kernels: {native.instruction_set()}, {native.num_threads()} threads" in done.stdout
     found = done.stdout.splitlines()
-    for framework in ("NumPy", "TensorFlow"):
+    for framework in ("NumPy", "TensorFlow", "PyTorch"):
         begin = next(at for at, line in enumerate(found) if line.startswith(framework))
         served = dict(line.strip().split("  ", 1) for line in found[begin + 1 : begin + 1 + len(OPTIONS)])
         assert set(served) == set(OPTIONS)

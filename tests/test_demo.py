@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import itertools
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from batchnorm import demo
 from batchnorm.demo import digits, experiments, report
 from batchnorm.demo.experiments import Clips, Comparison, Curve, Experiment, Measured, Outcome, Result
+
+MODULES = {"tensorflow": "batchnorm.demo.tensorflow", "torch": "batchnorm.demo.pytorch"}
+NAMES = {"tensorflow": "TensorFlow", "torch": "PyTorch"}
+each_framework = pytest.mark.parametrize("framework", MODULES)
 
 
 def _experiment(method: str, rate: float = 0.1) -> Experiment:
@@ -153,45 +160,98 @@ def _small(monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
+@each_framework
 def test_a_tiny_run_draws_a_figure(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    framework: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     _small(monkeypatch)
     path = tmp_path / "figure.png"
-    assert demo.main(["--quick", "--seeds", "1", "--output", str(path)]) == 0
+    assert demo.main(["--framework", framework, "--quick", "--seeds", "1", "--output", str(path)]) == 0
     assert path.read_bytes().startswith(b"\x89PNG")
     shown = capsys.readouterr().out
-    assert "Training 6 networks" in shown
+    assert f"Training 6 networks on {NAMES[framework]}: 6 experiments" in shown
     for method in report.COLOURS:
         assert method in shown
     assert "Batches of 32 from two classes: batch renorm against batch norm: mean " in shown
 
 
+def _method(name: str, steps: int) -> Experiment:
+    """An experiment of few steps, with an evaluation after each."""
+    found = [one for comparison in experiments.COMPARISONS[1:] for one in comparison.experiments if one.method == name]
+    return dataclasses.replace(found[0], steps=steps, evaluations=steps)
+
+
+@each_framework
 @pytest.mark.parametrize("method", ["batch norm", "adjustment"])
-def test_the_same_seed_gives_the_same_run(method: str) -> None:
-    framework = importlib.import_module("batchnorm.demo.tensorflow")
-    experiment = next(one for one in experiments.COMPARISONS[-1].experiments if one.method == method)
-    (comparison,) = experiments.quick([Comparison("", (experiment,))])
+def test_the_same_seed_gives_the_same_run_and_another_does_not(method: str, framework: str) -> None:
+    run = importlib.import_module(MODULES[framework]).run
     data = digits.load()
     done: list[int] = []
-    curves = [framework.run(comparison.experiments[0], data, seed, done.append) for seed in (0, 0)]
+    curves = [run(_method(method, 2), data, seed, done.append) for seed in (0, 0, 1)]
     assert curves[0] == curves[1]
+    assert curves[0] != curves[2]
     assert curves[0].steps == (1, 2)
-    assert sum(done) == 4
+    assert sum(done) == 6
 
 
-@pytest.mark.parametrize(
-    ("module", "words"), [("tensorflow", "TensorFlow"), ("sklearn.datasets", "scikit-learn"), ("rich", "Rich")]
-)
+@pytest.mark.parametrize("method", [name for name in report.COLOURS if name != "adjustment"])
+def test_the_experiments_are_the_same_in_every_framework(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights are of one distribution, and training from the same weights on the same batches is the same.
+
+    An adjustment is drawn by the framework, so that the runs with it differ.
+    """
+    import tensorflow as tf
+
+    ours: Any = importlib.import_module("batchnorm.demo.pytorch")
+    theirs: Any = importlib.import_module("batchnorm.demo.tensorflow")
+    initialize = ours._initialize
+    drawn: list[NDArray[np.float32]] = []
+
+    def keeping(model: Any, generator: Any) -> None:
+        initialize(model, generator)
+        weights = [value.detach().numpy() for value in model.parameters() if value.ndim > 1]
+        drawn.extend(weight.T.copy() if weight.ndim == 2 else weight.transpose(2, 3, 1, 0).copy() for weight in weights)
+
+    def drawing(initializer: Any) -> Any:
+        def initial(shape: Any, dtype: Any = None, partition_info: Any = None) -> Any:
+            weight = drawn.pop(0)
+            assert weight.shape == tuple(shape)
+            with tf.Graph().as_default(), theirs.v1.Session() as session:
+                reference = session.run(initializer(seed=0)(shape))
+            assert weight.std() == pytest.approx(reference.std(), rel=3 / weight.size**0.5)
+            assert abs(weight).max() == pytest.approx(abs(reference).max(), rel=0.1)
+            return tf.constant(weight)
+
+        return lambda: initial
+
+    monkeypatch.setattr(ours, "_initialize", keeping)
+    for name in ("he_normal", "glorot_normal"):
+        monkeypatch.setattr(theirs.v1.initializers, name, drawing(getattr(theirs.v1.initializers, name)))
+    data, experiment = digits.load(), _method(method, 6)
+    curve = ours.run(experiment, data, 0, lambda steps: None)
+    assert drawn
+    other = theirs.run(experiment, data, 0, lambda steps: None)
+    assert not drawn
+    assert curve.steps == other.steps
+    assert curve.accuracy == pytest.approx(other.accuracy, abs=0.005)
+    assert len(set(curve.accuracy)) > 3
+
+
+@each_framework
+@pytest.mark.parametrize("module", [None, "sklearn.datasets", "rich"])
 def test_a_missing_package_is_named(
-    module: str, words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    module: str | None, framework: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    missed = module or framework
+    words = (NAMES | {"sklearn.datasets": "scikit-learn", "rich": "Rich"})[missed]
+
     def missing(name: str, package: str) -> object:
-        raise ModuleNotFoundError(f"No module named {module!r}", name=module)
+        raise ModuleNotFoundError(f"No module named {missed!r}", name=missed)
 
     monkeypatch.setattr(importlib, "import_module", missing)
-    assert demo.main([]) == 2
-    assert capsys.readouterr().err == f'batchnorm demo needs {words}: pip install "batchnorm[demo]"\n'
+    assert demo.main(["--framework", framework]) == 2
+    extras = {"tensorflow": "demo", "torch": "demo,torch"}[framework]
+    assert capsys.readouterr().err == f'batchnorm demo needs {words}: pip install "batchnorm[{extras}]"\n'
 
 
 def test_other_import_errors_are_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,7 +20,7 @@ from batchnorm.torch import BatchNorm, BatchNorm2d, ClippingSchedule, batch_norm
 Array = npt.NDArray[Any]
 
 SHAPE = (6, 5, 4, 3)
-LARGE = (6, 7, 30, 31)
+LARGE = (6, 7, 60, 61)
 ROUNDING = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 EPS = 1e-3
 

@@ -17,14 +17,21 @@ from . import composed, native
 from . import namespace as xp
 from .composed import Pair
 
-__all__ = ["Limits", "batch_norm", "check", "feature_axes", "normalize"]
+__all__ = ["Limits", "batch_norm", "check", "feature_axes", "is_small", "normalize"]
 
 Limits = Mapping[str, float | Tensor] | None
 
 TORCH = "torch"
 """The name of PyTorch's own operator, where a layer says which kernel served."""
 SMALL = 1 << 17
-"""Values up to which PyTorch's own operator takes less time than handing tensors to the native kernels."""
+"""Values up to which PyTorch's own operator takes less time than handing tensors to the native kernels; with features
+last, where its operator is better, four times as many."""
+
+
+def is_small(x: Tensor) -> bool:
+    """Tell whether PyTorch's own operator is the faster one for a plain step."""
+    values = x.numel()
+    return values <= SMALL or (values <= 4 * SMALL and (x.dim() == 2 or not x.is_contiguous()))
 
 
 def batch_norm(
@@ -189,7 +196,7 @@ def normalize(
     own = x.contiguous(memory_format=layout) if keeps else _with_gradients_like(x, layout)
     if kernel == KERNEL:
         flat = None if pair is None else _flat(pair, x, axes)
-        y, mean, variance = native.forward(
+        y, both = native.forward(
             own,
             native.How(eps, axes, size),
             weight=weight,
@@ -199,9 +206,9 @@ def normalize(
             clipping=clipping,
         )
         y = y.contiguous(memory_format=layout)
-        if native.track(mean, variance, running, momentum, count / (count - 1), eps, renorm, renorm_momentum):
+        if native.track(both, running, momentum, count / (count - 1), eps, renorm, renorm_momentum):
             return y, kernel
-        moments = Moments(mean.mean(dim=0), variance.mean(dim=0))
+        moments = Moments(*both.mean(dim=1))
     else:
         seen = composed.plan(x, axes, size)
         y, moments = composed.train(
@@ -238,20 +245,15 @@ def _with_gradients_like(x: Tensor, layout: torch.memory_format) -> Tensor:
 def _select(
     x: Tensor, axes: tuple[int, ...], options: Options, momentum: float | Tensor, plain: bool, serves: bool
 ) -> str:
-    if native.is_transformed():  # of which PyTorch's operator has wrong second derivatives
+    if options.fused is False or native.is_transformed():  # of which PyTorch's operator has wrong second derivatives
         return kernels.COMPOSED
-    if plain and options.fused is not False:
-        small = x.numel() <= SMALL and not native.is_traced()
-        # Exported programs hold nothing of this package where they can do without.
-        if small or (torch.compiler.is_exporting() and not torch.is_tensor(momentum)):
-            return TORCH
-    return kernels.select(
-        options.fused,
-        {
-            KERNEL: serves and native.serves(x, axes, options.virtual_batch_size),
-            TORCH: plain and not (torch.is_tensor(momentum) and torch.compiler.is_compiling()),
-        },
-    )
+    if plain and not native.is_traced() and is_small(x):
+        return TORCH
+    torch_serves = plain and not (torch.is_tensor(momentum) and torch.compiler.is_compiling())
+    if torch_serves and torch.compiler.is_exporting():  # programs that hold nothing of this package
+        return TORCH
+    native_serves = serves and native.serves(x, axes, options.virtual_batch_size)
+    return kernels.select(options.fused, {KERNEL: native_serves, TORCH: torch_serves})
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from batchnorm.core.options import Clipping, Options, received
 
-from . import functional
+from . import functional, native
 from .composed import Pair
 from .functional import Limits
 
@@ -129,7 +129,7 @@ class Layer(_BatchNorm):
     def forward(self, input: Tensor) -> Tensor:
         """Normalize a batch; in training by itself, moving the statistics."""
         self._check_input_dim(input)  # type: ignore[no-untyped-call]
-        if self._simple and input.numel() <= functional.SMALL and self.training and not torch.compiler.is_compiling():
+        if self._simple and self.training and functional.is_small(input) and not native.is_traced():
             return self._forward_small(input)
         tracked = self.track_running_stats or not self.training
         running = (self.running_mean, self.running_var) if tracked else (None, None)

@@ -53,7 +53,6 @@ _share_threads()
 
 Optional = Tensor | None
 Limits = tuple[float, float, float]
-Five = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 class How(NamedTuple):
@@ -103,22 +102,22 @@ def forward(
     adjustment: Pair | None = None,
     renorm: Pair | None = None,
     clipping: Clipping,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Normalize by the batch; also return the mean and variance of each group, [groups][parameters]."""
+) -> tuple[Tensor, Tensor]:
+    """Normalize by the batch; also return the means and variances, [2][groups][parameters]."""
     mean, stddev = renorm or (None, None)
     scale, shift = adjustment or (None, None)
     if is_traced():
         limits = None if renorm is None else _tensor(clipping, x.device)
-        y, m, v, _, _ = torch.ops.batchnorm.forward(x, weight, bias, scale, shift, mean, stddev, limits, *how)
+        y, moments, _ = torch.ops.batchnorm.forward(x, weight, bias, scale, shift, mean, stddev, limits, *how)
     else:
         numbers = UNLIMITED if renorm is None else _numbers(clipping)
-        y, m, v = _Forward.apply(x, weight, bias, scale, shift, mean, stddev, numbers, how)  # type: ignore[no-untyped-call]
-    return y, m, v
+        y, moments = _Forward.apply(x, weight, bias, scale, shift, mean, stddev, numbers, how)  # type: ignore[no-untyped-call]
+    return y, moments
 
 
 def track(
-    mean: Tensor, variance: Tensor, running: tuple[Optional, Optional], momentum: float | Tensor, bessel: float,
-    epsilon: float, renorm: Pair | None, renorm_momentum: float,
+    moments: Tensor, running: tuple[Optional, Optional], momentum: float | Tensor, bessel: float, epsilon: float,
+    renorm: Pair | None, renorm_momentum: float,
 ) -> bool:  # fmt: skip
     """Move the averages after `forward` where the kernels can, and tell whether they could.
 
@@ -127,15 +126,15 @@ def track(
     averages = (*running, *(renorm or (None, None)))
     if native.library is None or torch.is_tensor(momentum) or is_traced():
         return False
-    dtype = mean.dtype
+    dtype = moments.dtype
     for average in averages:
         if average is not None and not (average.dtype == dtype and average.is_contiguous() and _is_plain(average)):
             return False
     running_mean, running_var, renorm_mean, renorm_stddev = map(_at, averages)
-    groups, parameters = mean.shape
+    _, groups, parameters = moments.shape
     native.library.track_at(
-        parameters, groups, dtype == torch.float64, mean.data_ptr(), variance.data_ptr(), running_mean, running_var,
-        momentum, bessel, epsilon, renorm_mean, renorm_stddev, renorm_momentum,
+        parameters, groups, dtype == torch.float64, *_halves(moments), running_mean, running_var, momentum, bessel,
+        epsilon, renorm_mean, renorm_stddev, renorm_momentum,
     )  # fmt: skip
     return True
 
@@ -203,6 +202,14 @@ def _at(value: Optional) -> int:
     return 0 if value is None else value.data_ptr()
 
 
+def _halves(value: Optional) -> tuple[int, int]:
+    """Addresses of both halves of a tensor."""
+    if value is None:
+        return 0, 0
+    first = value.data_ptr()
+    return first, first + value.nbytes // 2
+
+
 def _kept(value: Optional, dtype: torch.dtype) -> Optional:
     return value if value is None or (value.dtype == dtype and value.is_contiguous()) else value.to(dtype).contiguous()
 
@@ -213,25 +220,25 @@ def _kept(value: Optional, dtype: torch.dtype) -> Optional:
 def _compute_forward(
     x: Tensor, weight: Optional, bias: Optional, scale: Optional, shift: Optional, renorm_mean: Optional,
     renorm_stddev: Optional, limits: Limits, how: How,
-) -> tuple[Tensor, Tensor, Tensor, Optional, Optional]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Optional]:  # fmt: skip
+    """Compute the output, the moments, and renorm's r and d in one tensor."""
     assert native.library is not None
     dtype = wide(x)
     x, view = _seen(x, how.axes, how.virtual_batch_size)
     y = torch.empty_like(x)
-    shape = 1 if view.own else view.groups, view.parameters
-    mean, variance = torch.empty(shape, dtype=dtype), torch.empty(shape, dtype=dtype)
-    r, d = (None, None) if renorm_mean is None else torch.empty((2, view.parameters), dtype=dtype).unbind()
+    moments = torch.empty((2, 1 if view.own else view.groups, view.parameters), dtype=dtype)
+    correction = None if renorm_mean is None else torch.empty((2, view.parameters), dtype=dtype)
     given = [_kept(value, dtype) for value in (weight, bias, scale, shift, renorm_mean, renorm_stddev)]
     native.library.forward_at(
         torch.get_num_threads(), *view, TYPES[x.dtype], dtype == torch.float64, x.data_ptr(), y.data_ptr(),
-        how.epsilon, *map(_at, given), *limits, mean.data_ptr(), variance.data_ptr(), _at(r), _at(d),
+        how.epsilon, *map(_at, given), *limits, *_halves(moments), *_halves(correction),
     )  # fmt: skip
-    return y, mean, variance, r, d
+    return y, moments, correction
 
 
 def _compute_backward(
-    dy: Tensor, x: Tensor, weight: Optional, bias: Optional, scale: Optional, shift: Optional, mean: Tensor,
-    variance: Tensor, r: Optional, d: Optional, how: How,
+    dy: Tensor, x: Tensor, weight: Optional, bias: Optional, scale: Optional, shift: Optional, moments: Tensor,
+    correction: Optional, how: How,
 ) -> tuple[Tensor, Optional, Optional, Optional, Optional]:  # fmt: skip
     """Compute the gradients of x, and of those parameters that there are, in one row each."""
     assert native.library is not None
@@ -242,11 +249,11 @@ def _compute_backward(
     gradients = [
         None if value is None else torch.empty(view.parameters, dtype=dtype) for value in (weight, bias, scale, shift)
     ]
-    given = [_kept(value, dtype) for value in (weight, r, d, scale, shift)]
+    weight, scale, shift = (_kept(value, dtype) for value in (weight, scale, shift))
     native.library.backward_at(
         torch.get_num_threads(), *view, TYPES[x.dtype], dtype == torch.float64, x.data_ptr(), dy.data_ptr(),
-        dx.data_ptr(), how.epsilon,
-        mean.data_ptr(), variance.data_ptr(), *map(_at, given), *map(_at, gradients),
+        dx.data_ptr(), how.epsilon, *_halves(moments), _at(weight), *_halves(correction), _at(scale), _at(shift),
+        *map(_at, gradients),
     )  # fmt: skip
     dweight, dbias, dscale, dshift = gradients
     return dx, dweight, dbias, dscale, dshift
@@ -254,7 +261,7 @@ def _compute_backward(
 
 def _compute_second(
     upstream: Sequence[Optional], dy: Tensor, x: Tensor, weight: Optional, bias: Optional, scale: Optional,
-    shift: Optional, r: Optional, d: Optional, how: How,
+    shift: Optional, correction: Optional, how: How,
 ) -> list[Optional]:  # fmt: skip
     """Differentiate the composed path twice, for dy, x, weight, bias, scale and shift.
 
@@ -275,7 +282,7 @@ def _compute_second(
         pair = None
         if scale is not None and shift is not None:
             pair = scale.reshape(seen.input_shape), shift.reshape(seen.input_shape)
-        corrected = None if r is None or d is None or not r.numel() else (r, d)
+        corrected = None if correction is None or not correction.numel() else (correction[0], correction[1])
         y, _ = composed.train(x, seen, how.epsilon, weight=weight, bias=bias, adjustment=pair, correction=corrected)
         sources = [value for value in (x, weight, bias, scale, shift) if value is not None]
         weights = [
@@ -306,13 +313,13 @@ def _shaped(gradient: Optional, value: Optional) -> Optional:
 
 class _Forward(Function):
     @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
         x, weight, bias, scale, shift, _, _, _, ctx.how = arguments
-        y, mean, variance, r, d = _compute_forward(*arguments)
-        ctx.save_for_backward(x, weight, bias, scale, shift, mean, variance, r, d)
-        ctx.mark_non_differentiable(mean, variance)
+        y, moments, correction = _compute_forward(*arguments)
+        ctx.save_for_backward(x, weight, bias, scale, shift, moments, correction)
+        ctx.mark_non_differentiable(moments)
         ctx.set_materialize_grads(False)
-        return y, mean, variance
+        return y, moments
 
     @staticmethod
     def backward(ctx: Any, dy: Optional, *_: Any) -> Any:
@@ -331,15 +338,15 @@ class _Forward(Function):
 class _Backward(Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Any:
-        dy, x, weight, bias, scale, shift, _, _, r, d, ctx.how = arguments
-        ctx.save_for_backward(dy, x, weight, bias, scale, shift, r, d)
+        dy, x, weight, bias, scale, shift, _, correction, ctx.how = arguments
+        ctx.save_for_backward(dy, x, weight, bias, scale, shift, correction)
         ctx.set_materialize_grads(False)
         return _compute_backward(*arguments)
 
     @staticmethod
     def backward(ctx: Any, *upstream: Optional) -> Any:
         arguments = (upstream, *ctx.saved_tensors, ctx.how)
-        return (*_compute_second(*arguments), *(None,) * 5)
+        return (*_compute_second(*arguments), None, None, None)
 
 
 # ---- In graphs.
@@ -358,18 +365,13 @@ def _forward_operator(
     epsilon: float,
     axes: Sequence[int],
     virtual_batch_size: int | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     rmin, rmax, dmax = UNLIMITED if limits is None else limits.tolist()
-    y, mean, variance, r, d = _compute_forward(
+    y, moments, correction = _compute_forward(
         x, weight, bias, adjustment_scale, adjustment_bias, renorm_mean, renorm_stddev, (rmin, rmax, dmax),
         How(epsilon, tuple(axes), virtual_batch_size),
     )  # fmt: skip
-    return y, mean, variance, _present(r, mean), _present(d, mean)
-
-
-def _present(value: Optional, like: Tensor) -> Tensor:
-    """An output of an operator: what is absent has no elements, and none lies in another's memory."""
-    return like.new_empty(0) if value is None else value.clone()
+    return y, moments, moments.new_empty((2, 0)) if correction is None else correction
 
 
 def _like_seen(x: Tensor, axes: Sequence[int]) -> Tensor:
@@ -385,9 +387,12 @@ def _(
     dtype = wide(x)
     parameters = math.prod(x.shape[axis] for axis in axes)
     groups = 1 if virtual_batch_size is None else x.shape[0] // virtual_batch_size
-    statistics = [x.new_empty((groups, parameters), dtype=dtype) for _ in range(2)]
-    corrections = [x.new_empty((0 if renorm_mean is None else parameters,), dtype=dtype) for _ in range(2)]
-    return (_like_seen(x, axes), *statistics, *corrections)
+    corrected = 0 if renorm_mean is None else parameters
+    return (
+        _like_seen(x, axes),
+        x.new_empty((2, groups, parameters), dtype=dtype),
+        x.new_empty((2, corrected), dtype=dtype),
+    )
 
 
 @torch.library.custom_op("batchnorm::backward", mutates_args=(), device_types="cpu")
@@ -398,27 +403,24 @@ def _backward_operator(
     bias: Tensor | None,
     adjustment_scale: Tensor | None,
     adjustment_bias: Tensor | None,
-    mean: Tensor,
-    variance: Tensor,
-    r: Tensor,
-    d: Tensor,
+    moments: Tensor,
+    correction: Tensor,
     epsilon: float,
     axes: Sequence[int],
     virtual_batch_size: int | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    r, d = (value.contiguous() if value.numel() else None for value in (r, d))  # type: ignore[assignment]
     dx, *rest = _compute_backward(
-        dy, x, weight, bias, adjustment_scale, adjustment_bias, mean.contiguous(), variance.contiguous(), r, d,
-        How(epsilon, tuple(axes), virtual_batch_size),
+        dy, x, weight, bias, adjustment_scale, adjustment_bias, moments.contiguous(),
+        correction.contiguous() if correction.numel() else None, How(epsilon, tuple(axes), virtual_batch_size),
     )  # fmt: skip
-    dweight, dbias, dscale, dshift = (mean.new_empty(0) if one is None else one for one in rest)
+    dweight, dbias, dscale, dshift = (moments.new_empty(0) if one is None else one for one in rest)
     return dx, dweight, dbias, dscale, dshift
 
 
 @_backward_operator.register_fake
 def _(
-    dy: Any, x: Tensor, weight: Any, bias: Any, adjustment_scale: Any, adjustment_bias: Any, mean: Any,
-    variance: Any, r: Any, d: Any, epsilon: float, axes: Sequence[int], virtual_batch_size: int | None,
+    dy: Any, x: Tensor, weight: Any, bias: Any, adjustment_scale: Any, adjustment_bias: Any, moments: Any,
+    correction: Any, epsilon: float, axes: Sequence[int], virtual_batch_size: int | None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     parameters = math.prod(x.shape[axis] for axis in axes)
     given = (weight, bias, adjustment_scale, adjustment_bias)
@@ -428,7 +430,7 @@ def _(
     )
 
 
-def _save_forward(ctx: Any, inputs: tuple[Any, ...], output: Five) -> None:
+def _save_forward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x, weight, bias, scale, shift, _, _, _, *ctx.how = inputs
     ctx.save_for_backward(x, weight, bias, scale, shift, *output[1:])
     ctx.set_materialize_grads(False)
@@ -442,16 +444,16 @@ def _differentiate_forward(ctx: Any, dy: Optional, *_: Any) -> Any:
     return (dx, *(_shaped(one, value) for one, value in zip(rest, tensors[1:5], strict=True)), *(None,) * 6)
 
 
-def _save_backward(ctx: Any, inputs: tuple[Any, ...], output: Five) -> None:
-    dy, x, weight, bias, scale, shift, _, _, r, d, *ctx.how = inputs
-    ctx.save_for_backward(dy, x, weight, bias, scale, shift, r, d)
+def _save_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    dy, x, weight, bias, scale, shift, _, correction, *ctx.how = inputs
+    ctx.save_for_backward(dy, x, weight, bias, scale, shift, correction)
     ctx.set_materialize_grads(False)
 
 
 def _differentiate_backward(ctx: Any, *upstream: Optional) -> Any:
     epsilon, axes, virtual_batch_size = ctx.how
     arguments = (upstream, *ctx.saved_tensors, How(epsilon, tuple(axes), virtual_batch_size))
-    return (*_compute_second(*arguments), *(None,) * 7)
+    return (*_compute_second(*arguments), *(None,) * 5)
 
 
 _forward_operator.register_autograd(_differentiate_forward, setup_context=_save_forward)

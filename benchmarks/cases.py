@@ -32,7 +32,8 @@ class Case:
         shape: Shape of the input.
         axis: The feature axis.
         dtype: Type of the input.
-        mode: ``"forward"`` (in training), ``"step"`` (forward and backward) or ``"inference"``.
+        mode: ``"forward"`` (in training), ``"step"`` (forward and backward), ``"inference"``, or ``"network"`` (a
+            training step of a whole network).
         option: ``"plain"`` or one of `OPTIONS`.
     """
 
@@ -66,13 +67,19 @@ def _shapes(quick: bool) -> Iterator[tuple[str, tuple[int, ...], int]]:
         yield name, shape, axis
 
 
-def cases(quick: bool) -> list[Case]:
-    """List every measurement; quick ones have small batches."""
+def cases(framework: str, quick: bool) -> list[Case]:
+    """List every measurement; quick ones have small batches.
+
+    Options are measured in the layout that the framework has by default.
+    """
+    usual = 1 if framework == "pytorch" else -1
     found = []
     for network, shape, axis in _shapes(quick):
         for dtype in ("float32", "bfloat16"):
             found += [Case(network, shape, axis, dtype, mode) for mode in ("forward", "step", "inference")]
-        if network != "ResNet-50" or axis == -1:
+        if network != "ResNet-50" or axis == usual:
             legal = OPTIONS if len(shape) > 2 else OPTIONS[:-1]
+            if framework == "pytorch" and network == "tabular":
+                legal = (*legal, "virtual batches of 128")
             found += [Case(network, shape, axis, "float32", "step", option) for option in legal]
     return found

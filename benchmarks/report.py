@@ -8,11 +8,10 @@ import pathlib
 from collections.abc import Callable, Iterable
 from typing import Any
 
-__all__ = ["FIELDS", "plot", "read", "summary", "update_readme"]
+__all__ = ["FIELDS", "headings", "plot", "read", "summary", "update_readme"]
 
 FIELDS = ("network", "shape", "layout", "dtype", "mode", "option", "megabytes", "kernel", "floor", "contender",
           "milliseconds", "peak_megabytes")  # fmt: skip
-BEGIN, END = "<!-- benchmark: begin -->", "<!-- benchmark: end -->"
 
 Row = dict[str, Any]
 
@@ -37,7 +36,12 @@ def _mean(values: Iterable[float]) -> float:
     return math.exp(sum(logarithms) / len(logarithms)) if logarithms else math.nan
 
 
-def summary(rows: list[Row]) -> list[tuple[str, ...]]:
+def headings(peers: Iterable[str]) -> tuple[str, ...]:
+    """Name the columns of the table."""
+    return ("shapes", *(f"× {peer}" for peer in peers), "time ÷ our plain", "time ÷ floor, above 4 MB", "cases")
+
+
+def summary(rows: list[Row], peers: Iterable[str]) -> list[tuple[str, ...]]:
     """Geometric means of ratios by group: how many times faster than each peer, and how far from plain and floor."""
     ours = {_key(row): row for row in rows if row["contender"] == "batchnorm"}
     plain = {key[:4]: row for key, row in ours.items() if key[4] == "plain"}
@@ -48,7 +52,7 @@ def summary(rows: list[Row]) -> list[tuple[str, ...]]:
         if not mine:
             return
         cells = []
-        for peer in ("the original", "Keras 3"):
+        for peer in peers:
             ratios = [
                 row["milliseconds"] / ours[_key(row)]["milliseconds"]
                 for row in rows
@@ -59,7 +63,7 @@ def summary(rows: list[Row]) -> list[tuple[str, ...]]:
         beside = [
             row["milliseconds"] / plain[_key(row)[:4]]["milliseconds"] for row in mine if row["option"] != "plain"
         ]
-        above = [row["milliseconds"] / row["floor"] for row in mine if row["megabytes"] > 4]
+        above = [row["milliseconds"] / row["floor"] for row in mine if row["megabytes"] > 4 and row["floor"]]
         lines.append(
             (
                 title,
@@ -80,10 +84,17 @@ def summary(rows: list[Row]) -> list[tuple[str, ...]]:
                         and (row["layout"], row["dtype"], row["mode"], row["option"]) == (layout, dtype, mode, "plain")
                     ),
                 )
-    for option in dict.fromkeys(row["option"] for row in rows if row["option"] != "plain"):
+    for layout, option in dict.fromkeys((row["layout"], row["option"]) for row in rows if row["option"] != "plain"):
         line(
-            f"ResNet-50, features last, float32, step, {option}",
-            lambda row, option=option: row["network"] == "ResNet-50" and row["option"] == option,  # type: ignore[misc]
+            f"ResNet-50, {layout}, float32, step, {option}",
+            lambda row, layout=layout, option=option: (  # type: ignore[misc]
+                (row["network"], row["layout"], row["option"]) == ("ResNet-50", layout, option)
+            ),
+        )
+    for layout in dict.fromkeys(row["layout"] for row in rows if row["mode"] == "network"):
+        line(
+            f"ResNet-18, {layout}, a step of the whole network",
+            lambda row, layout=layout: (row["mode"], row["layout"]) == ("network", layout),  # type: ignore[misc]
         )
     for network in dict.fromkeys(row["network"] for row in rows if row["network"] != "ResNet-50"):
         for option in dict.fromkeys(row["option"] for row in rows):
@@ -96,18 +107,19 @@ def summary(rows: list[Row]) -> list[tuple[str, ...]]:
     return lines
 
 
-HEADINGS = ("shapes", "× the original", "× Keras 3", "time ÷ our plain", "time ÷ floor, above 4 MB", "cases")
-
-
-def update_readme(lines: list[tuple[str, ...]], conditions: str, path: pathlib.Path) -> None:
+def update_readme(
+    framework: str, head: tuple[str, ...], lines: list[tuple[str, ...]], conditions: str, path: pathlib.Path
+) -> None:
     """Put the table between the marks in a document."""
     text = path.read_text()
-    begin, end = text.index(BEGIN) + len(BEGIN), text.index(END)
-    table = ["| " + " | ".join(cells) + " |" for cells in (HEADINGS, ("---",) * len(HEADINGS), *lines)]
+    mark = f"<!-- benchmark {framework}: begin -->"
+    begin = text.index(mark) + len(mark)
+    end = text.index(f"<!-- benchmark {framework}: end -->")
+    table = ["| " + " | ".join(cells) + " |" for cells in (head, ("---",) * len(head), *lines)]
     path.write_text(f"{text[:begin]}\n{conditions}\n\n" + "\n".join(table) + f"\n{text[end:]}")
 
 
-def plot(rows: list[Row], path: pathlib.Path) -> None:
+def plot(rows: list[Row], title: str, peers: Iterable[str], path: pathlib.Path) -> None:
     """Draw the time of training steps as a multiple of the floor, by size."""
     import matplotlib as mpl
 
@@ -115,7 +127,9 @@ def plot(rows: list[Row], path: pathlib.Path) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.2), sharey=True, layout="constrained")
-    styles = {"batchnorm": ("#0072B2", "o"), "the original": ("#666666", "s"), "Keras 3": ("#D55E00", "^")}
+    styles = dict(
+        zip(("batchnorm", *peers), (("#0072B2", "o"), ("#666666", "s"), ("#D55E00", "^")), strict=False)  # two peers
+    )
     for panel, layout in zip(axes, ("features last", "features first"), strict=True):
         for contender, (color, marker) in styles.items():
             chosen = sorted(
@@ -135,6 +149,6 @@ def plot(rows: list[Row], path: pathlib.Path) -> None:
         panel.spines[["top", "right"]].set_visible(False)
     axes[0].set_ylabel("time of a training step ÷ floor")
     axes[0].legend(frameon=False)
-    figure.suptitle("Plain batch normalization, float32, TensorFlow on the CPU; 1 is reading and writing alone")
+    figure.suptitle(f"Plain batch normalization, float32, {title} on the CPU; 1 is reading and writing alone")
     figure.savefig(path, dpi=150)
     pyplot.close(figure)

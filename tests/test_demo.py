@@ -233,7 +233,9 @@ def test_the_experiments_are_the_same_in_every_framework(method: str, monkeypatc
     other = theirs.run(experiment, data, 0, lambda steps: None)
     assert not drawn
     assert curve.steps == other.steps
-    assert curve.accuracy == pytest.approx(other.accuracy, abs=0.005)
+    # Rounding, which goes by the processor, grows from step to step. A momentum half as large again makes over 0.07.
+    assert curve.accuracy[:2] == pytest.approx(other.accuracy[:2], abs=0.005)
+    assert curve.accuracy == pytest.approx(other.accuracy, abs=0.025)
     assert len(set(curve.accuracy)) > 3
 
 

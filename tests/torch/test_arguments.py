@@ -342,3 +342,21 @@ def test_evaluation_takes_any_batch_whatever_the_options_of_training() -> None:
         layer: Any = BatchNorm2d(3, **options).eval()
         x = torch.randn(1, 3, 1, 1, generator=torch.Generator().manual_seed(0))
         torch.testing.assert_close(layer(x), x / (1 + layer.eps) ** 0.5)
+
+
+@pytest.mark.parametrize("name", ["weight", "bias", "running_mean", "renorm_stddev"])
+@pytest.mark.parametrize("fused", [None, False])
+def test_what_is_on_another_device_is_refused_by_name(name: str, fused: bool | None) -> None:
+    layer = BatchNorm2d(3, renorm=True, fused=fused)
+    with torch.no_grad():
+        moved = getattr(layer, name).to("meta")
+    setattr(layer, name, torch.nn.Parameter(moved) if name in ("weight", "bias") else moved)
+    with pytest.raises(ValueError, match=f"{name} must be on the input's device, cpu; received one on meta"):
+        layer(torch.ones(4, 3, 2, 2))
+    assert layer.num_batches_tracked == 0
+
+
+def test_an_adjustment_on_another_device_is_refused() -> None:
+    layer = BatchNorm2d(3, adjustment=lambda shape: (torch.ones(1, device="meta"), torch.zeros(1)))
+    with pytest.raises(ValueError, match="adjustment must return tensors on the input's device, cpu"):
+        layer(torch.ones(4, 3, 2, 2))

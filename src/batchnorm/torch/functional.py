@@ -181,7 +181,7 @@ def normalize(
         return _evaluate(x, axes, options, running, weight, bias, eps)
     size = options.virtual_batch_size
     plain = axes == (1,) and renorm is None and size is None and options.adjustment is None
-    wrong = _wrong_shape(x, axes, running, weight, bias, renorm)
+    wrong = _misfit(x, axes, running, weight, bias, renorm)
     if plain and (wrong or not _is_torch_s_mix(x, (*running, weight, bias))):  # PyTorch says what is wrong
         return torch.nn.functional.batch_norm(x, *running, weight, bias, True, 0.0, eps), TORCH
     if wrong:
@@ -303,7 +303,7 @@ def _evaluate(
     mean, variance = running
     if kernel == TORCH or mean is None or variance is None:
         return torch.nn.functional.batch_norm(x, mean, variance, weight, bias, False, 0.0, eps), TORCH
-    if wrong := _wrong_shape(x, axes, running, weight, bias, None):
+    if wrong := _misfit(x, axes, running, weight, bias, None):
         raise ValueError(wrong)
     layout = composed.memory_format(x)
     own, seen = _with_gradients_like(x, layout), composed.plan(x, axes, None)
@@ -351,7 +351,7 @@ def _check_batch(x: Tensor, axes: tuple[int, ...], virtual_batch_size: int | Non
     return count
 
 
-def _wrong_shape(
+def _misfit(
     x: Tensor,
     axes: tuple[int, ...],
     running: tuple[Tensor | None, Tensor | None],
@@ -359,12 +359,16 @@ def _wrong_shape(
     bias: Tensor | None,
     renorm: Pair | None,
 ) -> str | None:
-    """Say which statistic or parameter does not have the shape of the feature axes, if one does not."""
-    shape = x.shape
+    """Say which statistic or parameter does not fit: it is elsewhere, or not of the shape of the feature axes."""
+    shape, device = x.shape, x.device
     expected = torch.Size([shape[axis] for axis in axes])
     names = ("running_mean", "running_var", "weight", "bias", "renorm_mean", "renorm_stddev")
     for name, value in zip(names, (*running, weight, bias, *(renorm or ())), strict=False):
-        if value is not None and value.shape != expected:
+        if value is None:
+            continue
+        if value.device != device:
+            return f"{name} must be on the input's device, {device}; received one on {value.device}."
+        if value.shape != expected:
             return (
                 f"{name} must have shape {tuple(expected)} for an input of shape {tuple(shape)} with feature axes "
                 f"{axes}; received shape {tuple(value.shape)}."
@@ -380,6 +384,10 @@ def _adjust(adjustment: Callable[[Any], Any], x: Tensor, axes: tuple[int, ...]) 
     tensors, by_feature = [], True
     for value in pair:
         tensor = value if torch.is_tensor(value) else torch.as_tensor(value, device=x.device, dtype=composed.wide(x))
+        if tensor.device != x.device:
+            raise ValueError(
+                f"adjustment must return tensors on the input's device, {x.device}; received one on {tensor.device}."
+            )
         lead = x.dim() - tensor.dim()
         if lead < 0 or any(size not in (1, x.shape[lead + axis]) for axis, size in enumerate(tensor.shape)):
             raise ValueError(

@@ -1,38 +1,44 @@
-"""The layers that are measured, each as a function of nothing that returns what a user would have."""
+"""TensorFlow: our layer, the original, and Keras 3's."""
 
 from __future__ import annotations
 
-import dataclasses
 import importlib
+import os
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
 import tensorflow as tf
 
 import batchnorm.numpy
 import batchnorm.tensorflow
+from benchmarks.cases import Case
 
-from .cases import Case
+from . import Array, Contender
 
-__all__ = ["Contender", "contenders"]
+__all__ = ["PEERS", "array", "configure", "contenders", "extras", "versions"]
 
-Run = Callable[[], list[Any]]
+PEERS = ("the original", "Keras 3")
 
 
-@dataclasses.dataclass(frozen=True)
-class Contender:
-    """One layer on the data of a case.
+def configure(threads: int) -> None:
+    """Set the threads that TensorFlow computes with."""
+    warnings.filterwarnings("ignore", module="tf_keras|benchmarks")  # the original's own deprecations
+    tf.config.threading.set_intra_op_parallelism_threads(threads)
 
-    Attributes:
-        name: Whose layer it is.
-        run: Computes the case once. Outputs are allocated as the framework does.
-        kernel: Says which of our kernels served.
-    """
 
-    name: str
-    run: Run
-    kernel: Callable[[], str | None] = lambda: None
+def versions() -> str:
+    """Name TensorFlow and Keras with their versions."""
+    return f"TensorFlow {tf.__version__}, Keras {tf.keras.version()}"
+
+
+def array(value: Any) -> Array:
+    """Copy a tensor to NumPy."""
+    return np.asarray(tf.cast(value, tf.float32))
 
 
 def _options(case: Case) -> dict[str, Any]:
@@ -52,7 +58,7 @@ def _options(case: Case) -> dict[str, Any]:
     return options
 
 
-def _tensorflow(layer: Any, case: Case, x: Any, dy: Any) -> Run:
+def _run(layer: Any, case: Case, x: Any, dy: Any) -> Callable[[], list[Any]]:
     training = case.mode != "inference"
 
     @tf.function
@@ -74,14 +80,14 @@ def contenders(case: Case) -> tuple[list[Contender], Contender]:
     x = tf.cast(tf.random.stateless_normal(case.shape, [1, 2], 0.5, 2.0), case.dtype)
     dy = tf.cast(tf.random.stateless_normal(case.shape, [3, 4]), case.dtype)
     ours = batchnorm.tensorflow.BatchNormalization(**_options(case))
-    found = [Contender("batchnorm", _tensorflow(ours, case, x, dy), lambda: ours.kernel)]
+    found = [Contender("batchnorm", _run(ours, case, x, dy), lambda: ours.kernel)]
     original = importlib.import_module("tf_keras.src.legacy_tf_layers.normalization")
     layer = original.BatchNormalization(dtype=case.dtype, **_options(case))
-    found.append(Contender("the original", _tensorflow(layer, case, x, dy)))
+    found.append(Contender("the original", _run(layer, case, x, dy)))
     if case.option == "plain":
         keras_dtype = "mixed_bfloat16" if case.dtype == "bfloat16" else case.dtype
         keras = tf.keras.layers.BatchNormalization(axis=case.axis, dtype=keras_dtype, epsilon=1e-3)
-        found.append(Contender("Keras 3", _tensorflow(keras, case, x, dy)))
+        found.append(Contender("Keras 3", _run(keras, case, x, dy)))
 
     @tf.function
     def floor() -> list[Any]:  # a copy; and for the gradient, two read and one written
@@ -90,8 +96,9 @@ def contenders(case: Case) -> tuple[list[Contender], Contender]:
     return found, Contender("floor", floor)
 
 
-def tiny_numpy() -> Contender:
+def extras(quick: bool) -> list[tuple[Case, list[Contender]]]:
     """Our NumPy layer on the smallest shape, where a call itself is what takes time."""
     layer = batchnorm.numpy.BatchNormalization()
     x = np.random.default_rng(0).normal(size=(64, 16)).astype(np.float32)
-    return Contender("batchnorm.numpy", lambda: [layer(x, training=True)], lambda: layer.kernel)
+    ours = Contender("batchnorm", lambda: [layer(x, training=True)], lambda: layer.kernel)
+    return [(Case("NumPy", x.shape, -1, "float32", "forward"), [ours])]

@@ -1,0 +1,192 @@
+"""PyTorch: our layer, its own, and those that users copy: of sb3-contrib, torchrl and pytorch-tabnet.
+
+Features last means channels_last, of the shape that PyTorch says features first.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+import batchnorm.torch
+from benchmarks.cases import Case
+
+from . import Array, Contender
+
+__all__ = ["PEERS", "array", "configure", "contenders", "extras", "versions"]
+
+PEERS = ("torch.nn", "torchrl", "sb3-contrib", "pytorch-tabnet")
+PACKAGES = ("torch", "torchrl", "sb3-contrib", "pytorch-tabnet")
+
+
+def configure(threads: int) -> None:
+    """Set the threads that PyTorch computes with."""
+    warnings.filterwarnings("ignore", module="torchrl|gymnasium|stable_baselines3|sb3_contrib")
+    torch.set_num_threads(threads)
+
+
+def versions() -> str:
+    """Name PyTorch and the peers with their versions."""
+    return ", ".join(f"{name} {importlib.metadata.version(name)}" for name in PACKAGES)
+
+
+def array(value: Any) -> Array:
+    """Copy a tensor to NumPy."""
+    return np.asarray(value.detach().float())
+
+
+def _first(case: Case) -> tuple[int, ...]:
+    """The shape with features first."""
+    n, *rest = case.shape
+    return case.shape if case.axis == 1 or not rest[1:] else (n, rest[-1], *rest[:-1])
+
+
+def _options(case: Case) -> dict[str, Any]:
+    options: dict[str, Any] = {}
+    if "renorm" in case.option:
+        options |= {"renorm": True, "renorm_clipping": {"rmin": 1 / 3, "rmax": 3.0, "dmax": 5.0}}
+    if "virtual" in case.option:
+        options["virtual_batch_size"] = min(128 if "128" in case.option else 8, case.shape[0])
+    if case.option == "adjustment":
+        shape = _first(case)
+        scale = torch.linspace(0.93, 1.07, shape[1]).reshape(-1, *(1,) * (len(shape) - 2))
+        options["adjustment"] = lambda shape: (scale, scale - 1)
+    return options
+
+
+def _run(layer: nn.Module, case: Case, x: Tensor, dy: Tensor) -> Callable[[], list[Tensor]]:
+    layer.train(case.mode != "inference")
+    parameters = list(layer.parameters())
+
+    def step() -> list[Tensor]:
+        y = layer(x)
+        return [y, *torch.autograd.grad(y, [x, *parameters], dy)]
+
+    @torch.no_grad()
+    def forward() -> list[Tensor]:
+        return [layer(x)]
+
+    return step if case.mode == "step" else forward
+
+
+def contenders(case: Case) -> tuple[list[Contender], Contender]:
+    """Make the contenders of a case, ours first, and the floor: what reading and writing the data takes alone."""
+    shape, dtype = _first(case), getattr(torch, case.dtype)
+    generator = torch.Generator().manual_seed(0)
+    x, dy = ((torch.randn(case.shape, generator=generator) * 2 + 0.5).to(dtype) for _ in range(2))
+    if shape != case.shape:
+        x, dy = x.movedim(-1, 1), dy.movedim(-1, 1)
+    x.requires_grad_(case.mode == "step")
+    kind = f"BatchNorm{1 if len(shape) == 2 else len(shape) - 2}d"
+    if case.option == "two axes":
+        axes = (1, 2) if case.axis == 1 else (2, 3)
+        ours: Any = batchnorm.torch.BatchNorm(tuple(shape[axis] for axis in axes), axis=axes)
+    else:
+        ours = getattr(batchnorm.torch, kind)(shape[1], **_options(case))
+    found = [Contender("batchnorm", _run(ours, case, x, dy), lambda: ours.kernel)]
+    if case.option == "plain":
+        found.append(Contender("torch.nn", _run(getattr(nn, kind)(shape[1]), case, x, dy)))
+    if case.option == "renorm":
+        found += _renorm_peers(case, shape, x, dy)
+    if case.option.startswith("virtual") and len(shape) == 2:
+        found.append(_tabnet(case, shape, x, dy, ours.virtual_batch_size))
+
+    @torch.no_grad()
+    def floor() -> list[Tensor]:  # a copy; and for the gradient, two read and one written
+        return [-x, x + dy] if case.mode == "step" else [-x]
+
+    return found, Contender("floor", floor)
+
+
+def _renorm_peers(case: Case, shape: tuple[int, ...], x: Tensor, dy: Tensor) -> list[Contender]:
+    torchrl: Any = importlib.import_module("torchrl.modules")
+    found = [Contender("torchrl", _run(torchrl.BatchRenorm1d(shape[1], warmup_steps=0), case, x, dy))]
+    if len(shape) == 2:
+        layers: Any = importlib.import_module("sb3_contrib.common.torch_layers")
+        layer = layers.BatchRenorm1d(shape[1], eps=1e-5, warmup_steps=0)
+        layer.steps += 1  # past what it calls warm-up
+        found.append(Contender("sb3-contrib", _run(layer, case, x, dy), tolerance=20))  # other ε, n − 1 for n
+    return found
+
+
+def _tabnet(case: Case, shape: tuple[int, ...], x: Tensor, dy: Tensor, size: int) -> Contender:
+    """Its virtual batches are samples that follow each other, ours every so many; so it gets them in another order."""
+    network: Any = importlib.import_module("pytorch_tabnet.tab_network")
+    order = torch.arange(shape[0]).reshape(size, -1).T.reshape(-1)
+    x = x.detach()[order].requires_grad_(x.requires_grad)
+    run = _run(network.GBN(shape[1], virtual_batch_size=size), case, x, dy[order])
+    return Contender("pytorch-tabnet", run, rows=order.argsort().numpy())
+
+
+class _Block(nn.Module):
+    def __init__(self, inner: int, outer: int, stride: int) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(inner, outer, 3, stride, 1, bias=False),
+            nn.BatchNorm2d(outer),
+            nn.ReLU(),
+            nn.Conv2d(outer, outer, 3, 1, 1, bias=False),
+            nn.BatchNorm2d(outer),
+        )
+        short = [nn.Conv2d(inner, outer, 1, stride, bias=False), nn.BatchNorm2d(outer)]
+        self.short = nn.Sequential(*short) if stride > 1 else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(self.body(x) + self.short(x))
+
+
+def _resnet18() -> nn.Sequential:
+    torch.manual_seed(0)
+    stages = [(64, 64, 1), (64, 64, 1), (64, 128, 2), (128, 128, 1), (128, 256, 2), (256, 256, 1), (256, 512, 2)]
+    return nn.Sequential(
+        nn.Conv2d(3, 64, 7, 2, 3, bias=False),
+        nn.BatchNorm2d(64),
+        nn.ReLU(),
+        nn.MaxPool2d(3, 2, 1),
+        *(_Block(*stage) for stage in (*stages, (512, 512, 1))),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(512, 10),
+    )
+
+
+def _without(model: nn.Module) -> nn.Module:
+    for parent in list(model.modules()):
+        for name, child in parent.named_children():
+            if isinstance(child, nn.BatchNorm2d):
+                setattr(parent, name, nn.Identity())
+    return model
+
+
+def extras(quick: bool) -> list[tuple[Case, list[Contender]]]:
+    """A whole training step of a network, with our layer, PyTorch's, and none."""
+    found = []
+    for axis, memory in ((1, torch.contiguous_format), (-1, torch.channels_last)):
+        shape = (2 if quick else 16, 3, 64, 64)
+        x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).contiguous(memory_format=memory)
+        labels = torch.arange(shape[0]) % 10
+
+        def run(model: nn.Module, x: Tensor = x, labels: Tensor = labels) -> Callable[[], list[Tensor]]:
+            parameters = list(model.parameters())
+
+            def step() -> list[Tensor]:
+                loss = nn.functional.cross_entropy(model(x), labels)
+                return [loss, *torch.autograd.grad(loss, parameters)][:1]
+
+            return step
+
+        models = {
+            "batchnorm": batchnorm.torch.convert(_resnet18()),
+            "torch.nn": _resnet18(),
+            "none": _without(_resnet18()),
+        }
+        contenders = [Contender(name, run(model.to(memory_format=memory))) for name, model in models.items()]  # type: ignore[call-overload]
+        found.append((Case("ResNet-18", shape, axis, "float32", "network"), contenders))
+    return found

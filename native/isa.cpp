@@ -6,10 +6,12 @@ namespace batchnorm {
 namespace {
 
 constexpr int64_t SERIAL = 1 << 15;       // values below which waking another thread takes longer than the work
-constexpr int64_t CACHE = 256 * 1024;     // bytes of a block that should stay in the second level of cache
-constexpr int64_t STRETCH = 4096;         // bytes that should be read side by side
+constexpr int64_t CACHE = 2 << 20;         // bytes of a block of features that should stay in a cache
+constexpr int64_t STRETCH = 64 * 1024;    // bytes that should be read side by side
 constexpr int64_t WIDE = 512;             // features up to which rows are joined
-constexpr int64_t FAR = 16 << 20;         // bytes from which on a sweep finds little of its data in a cache
+constexpr int64_t BURST = 1024;           // bytes of one place that are read before it is the next one's turn
+constexpr int64_t PLACES = 4;             // places that are read in turn
+constexpr int64_t FIRST = 8;              // rows whose mean the others are measured from
 
 template <class F>
 void run_tasks(int64_t tasks, bool serial, F&& task) {
@@ -55,6 +57,7 @@ template <class S>
 struct Inner {
   using Stored = typename S::Stored;
   using Value = typename S::Value;
+  using Vector = typename S::Vector;
   const View& v;
 
   int64_t group_rows() const { return v.rows / v.groups; }
@@ -70,25 +73,62 @@ struct Inner {
     return least(features, v.features);
   }
 
-  void moments(const Stored* x, int64_t group, int64_t c0, int64_t c1, double* mean, double* variance) const {
-    int64_t rows = group_rows();
-    double n = static_cast<double>(rows * v.inner);
-    for (int64_t c = c0; c < c1; c++) {
-      mean[c - c0] = rows ? static_cast<double>(static_cast<Value>(sum_run<S>(x + offset(group, 0, c), v.inner) / v.inner)) : 0;
-      variance[c - c0] = 0;
+  // Scratch memory for the sums of n features.
+  static int64_t sums_bytes(int64_t n) { return 2 * (n * static_cast<int64_t>(sizeof(Vector)) + 64); }
+
+  // Calls run(i, at, c) for every row i and feature c0 + c before c1 of a group, whose values begin at `at`. Short runs of
+  // several rows take turns: while some of one row are worked on, the processor fetches what follows in the others.
+  template <class Run>
+  void runs(int64_t group, int64_t c0, int64_t c1, Run&& run) const {
+    int64_t rows = group_rows(), bytes = v.inner * static_cast<int64_t>(sizeof(Stored));
+    int64_t some = bytes < BURST ? ceil_div(BURST, bytes) : c1 - c0;
+    for (int64_t begin = 0; begin < rows; begin += PLACES)
+      for (int64_t c = c0; c < c1; c += some)
+        for (int64_t i = begin; i < least(rows, begin + PLACES); i++) {
+          int64_t at = offset(group, i, c);
+          for (int64_t k = c; k < least(c1, c + some); k++, at += v.inner) run(i, at, k - c0);
+        }
+  }
+
+  // Adds up, for each feature in [c0, c1) of a group, what `sums(at, n, c, first, second)` gives for the n values from
+  // `at` on: in vectors for as long as that is exact enough, then in doubles.
+  template <class Sums>
+  void sum(int64_t group, int64_t c0, int64_t c1, double* firsts, double* seconds, Sums&& sums) const {
+    int64_t rows = group_rows(), width = c1 - c0;
+    int64_t held = most<int64_t>(1, v.inner < W ? ROWS / v.inner : least(ROWS, BLOCK / v.inner));
+    Vector *first = partial, *second = partial + width;
+    for (int64_t c = 0; c < width; c++) {
+      firsts[c] = seconds[c] = 0;
+      first[c] = second[c] = Vector{};
     }
-    double* sums = deltas(c1 - c0);
-    for (int64_t i = 0; i < rows; i++) {
-      const Stored* run = x + offset(group, i, c0);
-      for (int64_t c = c0; c < c1; c++, run += v.inner)
-        moments_run<S>(run, v.inner, static_cast<Value>(mean[c - c0]), sums + (c - c0), variance + (c - c0));
+    runs(group, c0, c1, [&](int64_t i, int64_t at, int64_t c) {
+      bool full = (i + 1) % held == 0 || i + 1 == rows;
+      for (int64_t begin = 0; begin < v.inner; begin += BLOCK) {
+        sums(at + begin, least(BLOCK, v.inner - begin), c, first[c], second[c]);
+        if (!full) continue;
+        firsts[c] += total(first[c]);
+        seconds[c] += total(second[c]);
+        first[c] = second[c] = Vector{};
+      }
+    });
+  }
+
+  void moments(const Stored* x, int64_t group, int64_t c0, int64_t c1, double* mean, double* variance,
+               Value* origin, double* deltas) const {
+    int64_t rows = group_rows(), width = c1 - c0, some = least<int64_t>(v.inner, WAYS * W);
+    for (int64_t c = 0; c < width; c++) {
+      Vector sum = {}, squares = {};
+      if (rows) moments_run<S>(x + offset(group, 0, c0 + c), some, 0, sum, squares);
+      origin[c] = static_cast<Value>(total(sum) / static_cast<double>(some));
     }
-    for (int64_t c = c0; c < c1; c++) {
-      if (rows == 0) continue;
-      double delta = sums[c - c0] / n;
-      mean[c - c0] += delta;
-      double v2 = variance[c - c0] / n - delta * delta;
-      variance[c - c0] = v2 < 0 ? 0 : v2;
+    this->sum(group, c0, c1, deltas, variance, [&](int64_t at, int64_t n, int64_t c, Vector& sum, Vector& squares) {
+      moments_run<S>(x + at, n, origin[c], sum, squares);
+    });
+    double inverse = rows ? 1 / static_cast<double>(rows * v.inner) : 0;
+    for (int64_t c = 0; c < width; c++) {
+      double delta = deltas[c] * inverse, square = variance[c] * inverse - delta * delta;
+      mean[c] = static_cast<double>(origin[c]) + delta;
+      variance[c] = square < 0 ? 0 : square;
     }
   }
 
@@ -103,12 +143,9 @@ struct Inner {
 
   void sums(const Stored* x, const Stored* dy, int64_t group, int64_t c0, int64_t c1, const Value* origin, double* sum,
             double* centered) const {
-    for (int64_t c = 0; c < c1 - c0; c++) sum[c] = centered[c] = 0;
-    for (int64_t i = 0; i < group_rows(); i++) {
-      int64_t at = offset(group, i, c0);
-      for (int64_t c = 0; c < c1 - c0; c++, at += v.inner)
-        gradient_sums_run<S>(x + at, dy + at, v.inner, origin[c], sum + c, centered + c);
-    }
+    this->sum(group, c0, c1, sum, centered, [&](int64_t at, int64_t n, int64_t c, Vector& first, Vector& second) {
+      gradient_sums_run<S>(x + at, dy + at, n, origin[c], first, second);
+    });
   }
 
   void combine(const Stored* x, const Stored* dy, Stored* dx, int64_t group, int64_t c0, int64_t c1,
@@ -120,11 +157,7 @@ struct Inner {
     }
   }
 
-  double* deltas_memory = nullptr;
-  double* deltas(int64_t n) const {
-    for (int64_t i = 0; i < n; i++) deltas_memory[i] = 0;
-    return deltas_memory;
-  }
+  Vector* partial = nullptr;  // scratch memory of sums_bytes
 };
 
 // ---- Features last: rows of all features. A few features are seen as a wider row of several rows side by side.
@@ -153,34 +186,34 @@ struct Rows {
       for (int a = 0; a < ARRAYS; a++) pointers[a][n] = arrays[a] + row_of(v, group, i) * v.features;
     if (n > 0) body(pointers, n, v.features * step);
   }
-  // The same for all rows of [begin, end), as wide ones as far as that goes; backwards for a second pass, which then
-  // begins with what the cache still has.
+  // The same for all rows of [begin, end), as wide ones as far as that goes, from several places in turn: while rows of
+  // one are worked on, the processor fetches what follows in the others.
   template <int ARRAYS, class Body>
-  void blocks(const Stored* const (&arrays)[ARRAYS], int64_t group, int64_t begin, int64_t end, bool backwards,
-              Body&& body) const {
-    int64_t w = widening(), unit = ROWS * w, whole = begin + (end - begin) / w * w;
-    if (backwards) block<ARRAYS>(arrays, group, whole, end, 1, body);
-    int64_t count = ceil_div(whole - begin, unit);
-    for (int64_t k = 0; k < count; k++) {
-      int64_t at = begin + (backwards ? count - 1 - k : k) * unit;
-      block<ARRAYS>(arrays, group, at, least(at + unit, whole), w, body);
+  void blocks(const Stored* const (&arrays)[ARRAYS], int64_t group, int64_t begin, int64_t end, Body&& body) const {
+    constexpr int64_t PLACES = ARRAYS < 3 ? 4 : 2, LENGTH = ROWS / PLACES;
+    int64_t w = widening(), length = (end - begin) / w / PLACES;
+    for (int64_t first = 0; first < length; first += LENGTH) {
+      const Stored* pointers[ARRAYS][ROWS];
+      int64_t n = 0;
+      for (int64_t j = first; j < least(length, first + LENGTH); j++)
+        for (int64_t place = 0; place < PLACES; place++, n++) {
+          int64_t at = row_of(v, group, begin + (place * length + j) * w) * v.features;
+          for (int a = 0; a < ARRAYS; a++) pointers[a][n] = arrays[a] + at;
+        }
+      body(pointers, n, v.features * w);
     }
-    if (!backwards) block<ARRAYS>(arrays, group, whole, end, 1, body);
-  }
-
-  template <class Body>
-  void from_where(int64_t arrays, Body&& body) const {
-    if (v.size() * static_cast<int64_t>(sizeof(Stored)) * arrays >= FAR)
-      body(FromMemory{});
-    else
-      body(FromCache{});
+    int64_t whole = begin + (end - begin) / w * w;
+    block<ARRAYS>(arrays, group, begin + length * PLACES * w, whole, w, body);
+    block<ARRAYS>(arrays, group, whole, end, 1, body);
   }
 
   void spread(Value* values) const {  // repeat by-feature values over a wide row
-    for (int64_t c = v.features; c < wide(); c++) values[c] = values[c - v.features];
+    for (int64_t at = v.features; at < wide(); at += v.features)
+      std::memcpy(values + at, values, static_cast<size_t>(v.features) * sizeof(Value));
   }
   void fold(double* sums) const {
-    for (int64_t c = v.features; c < wide(); c++) sums[c % v.features] += sums[c];
+    for (int64_t at = v.features; at < wide(); at += v.features)
+      for (int64_t c = 0; c < v.features; c++) sums[c] += sums[at + c];
   }
   static void zero(double* sums, int64_t n) {
     for (int64_t c = 0; c < n; c++) sums[c] = 0;
@@ -191,19 +224,16 @@ struct Rows {
                double* squares) const {
     zero(sum, wide());
     zero(squares, wide());
-    int64_t first = least(end, begin + ABREAST);
+    int64_t first = least(end, begin + FIRST);
     const Stored* const arrays[1] = {x};
-    blocks<1>(arrays, group, begin, first, false, [&](auto& p, int64_t n, int64_t f) { sum_rows<S>(p[0], n, f, sum); });
+    block<1>(arrays, group, begin, first, 1, [&](auto& p, int64_t n, int64_t f) { sum_rows<S>(p[0], n, f, sum); });
     fold(sum);
     for (int64_t c = 0; c < v.features; c++)
       origin[c] = first > begin ? static_cast<Value>(sum[c] / static_cast<double>(first - begin)) : 0;
     spread(origin);
     zero(sum, wide());
-    from_where(1, [&](auto source) {
-      blocks<1>(arrays, group, begin, end, false, [&](auto& p, int64_t n, int64_t f) {
-        moments_rows<S, decltype(source)>(p[0], n, f, origin, sum, squares);
-      });
-    });
+    blocks<1>(arrays, group, begin, end,
+              [&](auto& p, int64_t n, int64_t f) { moments_rows<S>(p[0], n, f, origin, sum, squares); });
     fold(sum);
     fold(squares);
   }
@@ -230,7 +260,7 @@ struct Rows {
   void scale(const Stored* x, Stored* y, int64_t group, int64_t begin, int64_t end, const Value* origin,
              const Value* scale, const Value* shift) const {
     const Stored* const arrays[2] = {x, y};
-    blocks<2>(arrays, group, begin, end, true, [&](auto& p, int64_t n, int64_t f) {
+    blocks<2>(arrays, group, begin, end, [&](auto& p, int64_t n, int64_t f) {
       scale_rows<S>(p[0], const_cast<Stored**>(p[1]), n, f, origin, scale, shift);
     });
   }
@@ -244,10 +274,8 @@ struct Rows {
       });
     zero(sum, wide());
     zero(centered, wide());
-    from_where(2, [&](auto source) {
-      blocks<2>(arrays, group, begin, end, false, [&](auto& p, int64_t n, int64_t f) {
-        gradient_sums_rows<S, decltype(source)>(p[0], p[1], n, f, origin, sum, centered);
-      });
+    blocks<2>(arrays, group, begin, end, [&](auto& p, int64_t n, int64_t f) {
+      gradient_sums_rows<S>(p[0], p[1], n, f, origin, sum, centered);
     });
     fold(sum);
     fold(centered);
@@ -256,7 +284,7 @@ struct Rows {
   void combine(const Stored* x, const Stored* dy, Stored* dx, int64_t group, int64_t begin, int64_t end,
                const Value* origin, const Value* dy_weight, const Value* x_weight, const Value* constant) const {
     const Stored* const arrays[3] = {x, dy, dx};
-    blocks<3>(arrays, group, begin, end, true, [&](auto& p, int64_t n, int64_t f) {
+    blocks<3>(arrays, group, begin, end, [&](auto& p, int64_t n, int64_t f) {
       combine_rows<S>(p[0], p[1], const_cast<Stored**>(p[2]), n, f, origin, dy_weight, x_weight, constant);
     });
   }
@@ -394,10 +422,11 @@ void forward_inner(const Forward& p) {
   run_tasks(ceil_div(v.features, block), serial, [&](int64_t task) {
     int64_t c0 = task * block, c1 = least(v.features, c0 + block), width = c1 - c0;
     int64_t kept = wait ? v.groups : 1;  // groups to be measured before any can be normalized
-    Carver carver(Slot::task, (kept * 2 + 8) * (width * 8 + 64));
+    Carver carver(Slot::task, (kept * 2 + 6) * (width * 8 + 64) + Inner<S>::sums_bytes(width));
     double *mean = carver.take<double>(kept * width), *variance = carver.take<double>(kept * width);
     double *factor = carver.take<double>(width), *offset = carver.take<double>(width);
-    Inner<S> inner{v, carver.take<double>(width)};
+    double* deltas = carver.take<double>(width);
+    Inner<S> inner{v, carver.take<typename S::Vector>(2 * width)};
     Value *origin = carver.take<Value>(width), *scale = carver.take<Value>(width), *shift = carver.take<Value>(width);
     auto finish = [&](int64_t g, const double* m, const double* var) {
       coefficients(width, p.epsilon, factor, offset, m, var, origin, scale, shift);
@@ -407,7 +436,7 @@ void forward_inner(const Forward& p) {
     for (int64_t g = 0; g < v.groups; g++) {
       int64_t i = g * v.features + c0;
       double *m = mean + (wait ? g * width : 0), *var = variance + (wait ? g * width : 0);
-      inner.moments(x, g, c0, c1, m, var);
+      inner.moments(x, g, c0, c1, m, var, origin, deltas);
       write(p.mean, i, width, m);
       write(p.variance, i, width, var);
       if (wait) continue;
@@ -590,14 +619,14 @@ void backward_inner(const Backward& p) {
   int64_t block = Inner<S>{v}.block(2, false, serial);
   run_tasks(ceil_div(v.features, block), serial, [&](int64_t task) {
     int64_t c0 = task * block, c1 = least(v.features, c0 + block), width = c1 - c0;
-    Carver carver(Slot::task, 10 * (width * 8 + 64));
+    Carver carver(Slot::task, 10 * (width * 8 + 64) + Inner<S>::sums_bytes(width));
     double *sum = carver.take<double>(width), *centered = carver.take<double>(width);
     double *all = carver.take<double>(width), *normalized = carver.take<double>(width);
     double* factor = carver.take<double>(width);
     Value *origin = carver.take<Value>(width), *variance = carver.take<Value>(width);
     Value *dy_weight = carver.take<Value>(width), *x_weight = carver.take<Value>(width);
     Value* constant = carver.take<Value>(width);
-    Inner<S> inner{v};
+    Inner<S> inner{v, carver.take<typename S::Vector>(2 * width)};
     for (int64_t g = 0; g < v.groups; g++) {
       int64_t i = g * v.features + c0, own = v.own ? i : c0;
       if (g == 0 || v.own) {
@@ -762,11 +791,14 @@ void moments(const Moments& p) {
   const auto* x = static_cast<const typename S::Stored*>(p.x);
   if (v.inner > 1) {
     by_features<S>(v, 1, [&](int64_t g, int64_t c0, int64_t c1) {
-      Carver carver(Slot::task, 3 * ((c1 - c0) * 8 + 64));
-      double *mean = carver.take<double>(c1 - c0), *variance = carver.take<double>(c1 - c0);
-      Inner<S>{v, carver.take<double>(c1 - c0)}.moments(x, g, c0, c1, mean, variance);
-      write(p.mean, g * v.features + c0, c1 - c0, mean);
-      write(p.variance, g * v.features + c0, c1 - c0, variance);
+      int64_t width = c1 - c0;
+      Carver carver(Slot::task, 4 * (width * 8 + 64) + Inner<S>::sums_bytes(width));
+      double *mean = carver.take<double>(width), *variance = carver.take<double>(width);
+      double* deltas = carver.take<double>(width);
+      Inner<S> inner{v, carver.take<typename S::Vector>(2 * width)};
+      inner.moments(x, g, c0, c1, mean, variance, carver.take<Value>(width), deltas);
+      write(p.mean, g * v.features + c0, width, mean);
+      write(p.variance, g * v.features + c0, width, variance);
     });
   } else if (v.groups == 1) {
     bool serial = v.size() < SERIAL;
@@ -830,10 +862,10 @@ void gradient_sums(const GradientSums& p) {
   if (v.inner > 1) {
     by_features<S>(v, 2, [&](int64_t g, int64_t c0, int64_t c1) {
       int64_t width = c1 - c0;
-      Carver call(Slot::call, 2 * (width * 8 + 64));
+      Carver call(Slot::call, 2 * (width * 8 + 64) + Inner<S>::sums_bytes(width));
       double *sum = call.take<double>(width), *centered = call.take<double>(width);
       Prepared<S, 1> by(v, given, g, c0, c1, width);
-      Inner<S>{v}.sums(x, dy, g, c0, c1, by.values[0], sum, centered);
+      Inner<S>{v, call.take<typename S::Vector>(2 * width)}.sums(x, dy, g, c0, c1, by.values[0], sum, centered);
       write(p.dy_sum, g * v.features + c0, width, sum);
       write(p.dy_centered_sum, g * v.features + c0, width, centered);
     });

@@ -23,12 +23,18 @@ T most(T a, T b) {
   return b > a ? b : a;
 }
 
+template <int64_t N>
+struct Constant {
+  static constexpr int64_t value = N;
+};
+
 // Vectors of GCC and Clang: operators work by element, and wider ones than the processor has are split.
 constexpr int W = BATCHNORM_VECTOR_BYTES / 4;  // floats in a vector
 typedef float Floats __attribute__((vector_size(BATCHNORM_VECTOR_BYTES)));
 typedef double Doubles __attribute__((vector_size(2 * BATCHNORM_VECTOR_BYTES)));
 typedef int32_t Integers __attribute__((vector_size(BATCHNORM_VECTOR_BYTES)));
 typedef uint32_t Words __attribute__((vector_size(BATCHNORM_VECTOR_BYTES)));
+typedef int64_t Longs __attribute__((vector_size(2 * BATCHNORM_VECTOR_BYTES)));
 typedef uint16_t Halves __attribute__((vector_size(BATCHNORM_VECTOR_BYTES / 2)));
 
 // Arrays need not be aligned, not even to their elements.
@@ -125,108 +131,135 @@ struct Float16Conversion {
 using BFloat16 = Half<BFloat16Conversion>;
 using Float16 = Half<Float16Conversion>;
 
-// ---- Runs: n values of one feature side by side. Sums of up to BLOCK values are carried in Value by many partial
-// sums, and those in double.
+// ---- Runs: n values of one feature side by side. What is left over at the end of a run is taken from a whole vector
+// that ends there.
 
-constexpr int64_t BLOCK = 4096;
+constexpr int64_t BLOCK = 4096;  // values of a feature that sums are carried over in Value, before they go to a double
 constexpr int WAYS = 4;
 
 template <class V>
 double total(V v) {
-  double sum = 0;
-  for (int i = 0; i < W; i++) sum += v[i];
-  return sum;
+  Doubles wide = __builtin_convertvector(v, Doubles);
+  double parts[W];
+  store_bits(parts, wide);
+  for (int half = W / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; i++) parts[i] += parts[i + half];
+  return parts[0];
 }
 
-template <class S>
-double sum_run(const typename S::Stored* x, int64_t n) {
+// Keep the last r elements, and make the others 0, whatever they are.
+template <class Mask, class V>
+V keep_last(V v, int64_t r) {
+  Mask lanes;
+  for (int i = 0; i < W; i++) lanes[i] = i;
+  return same_bits<V>(same_bits<Mask>(v) & (lanes >= W - static_cast<int>(r)));
+}
+Floats last_of(Floats v, int64_t r) { return keep_last<Integers>(v, r); }
+Doubles last_of(Doubles v, int64_t r) { return keep_last<Longs>(v, r); }
+
+// Adds to the elements of two sums what `terms(i, whole, first, second)` gives for the vector at i, where `whole` is to
+// be applied to whatever enters a sum; `one` does so for a single value.
+template <class S, class Terms, class One>
+void sum_run(int64_t n, typename S::Vector& first, typename S::Vector& second, Terms&& terms, One&& one) {
   using V = typename S::Vector;
-  double sum = 0;
-  for (int64_t begin = 0; begin < n; begin += BLOCK) {
-    int64_t end = least(n, begin + BLOCK), i = begin;
-    V s[WAYS] = {};
-    for (; i + WAYS * W <= end; i += WAYS * W)
-      for (int k = 0; k < WAYS; k++) s[k] += S::load(x + i + k * W);
-    for (; i + W <= end; i += W) s[0] += S::load(x + i);
-    sum += total<V>((s[0] + s[1]) + (s[2] + s[3]));
-    for (; i < end; i++) sum += S::one(x + i);
+  if (n < W) {
+    typename S::Value s = 0, t = 0;
+    for (int64_t i = 0; i < n; i++) one(i, s, t);
+    first[0] += s;
+    second[0] += t;
+    return;
   }
-  return sum;
+  auto whole = [](V v) { return v; };
+  V sum = first, other = second;
+  int64_t i = 0;
+  if (n >= WAYS * W) {
+    V s[WAYS] = {}, t[WAYS] = {};
+    for (; i + WAYS * W <= n; i += WAYS * W)
+      for (int k = 0; k < WAYS; k++) terms(i + k * W, whole, s[k], t[k]);
+    sum += (s[0] + s[1]) + (s[2] + s[3]);
+    other += (t[0] + t[1]) + (t[2] + t[3]);
+  }
+  for (; i + W <= n; i += W) terms(i, whole, sum, other);
+  if (i < n) terms(n - W, [&](V v) { return last_of(v, n - i); }, sum, other);
+  first = sum;
+  second = other;
 }
 
-// Adds sums of x - origin and of its square.
+// Sums of x - origin and of its square.
 template <class S>
-void moments_run(const typename S::Stored* x, int64_t n, typename S::Value origin, double* sum, double* squares) {
+void moments_run(const typename S::Stored* x, int64_t n, typename S::Value origin, typename S::Vector& sum,
+                 typename S::Vector& squares) {
   using V = typename S::Vector;
-  for (int64_t begin = 0; begin < n; begin += BLOCK) {
-    int64_t end = least(n, begin + BLOCK), i = begin;
-    V s[WAYS] = {}, q[WAYS] = {};
-    for (; i + WAYS * W <= end; i += WAYS * W)
-      for (int k = 0; k < WAYS; k++) {
-        V v = S::load(x + i + k * W) - origin;
-        s[k] += v;
-        q[k] += v * v;
-      }
-    for (; i + W <= end; i += W) {
-      V v = S::load(x + i) - origin;
-      s[0] += v;
-      q[0] += v * v;
-    }
-    *sum += total<V>((s[0] + s[1]) + (s[2] + s[3]));
-    *squares += total<V>((q[0] + q[1]) + (q[2] + q[3]));
-    for (; i < end; i++) {
-      double v = S::one(x + i) - origin;
-      *sum += v;
-      *squares += v * v;
-    }
+  using Value = typename S::Value;
+  sum_run<S>(
+      n, sum, squares,
+      [&](int64_t i, auto&& whole, V& s, V& q) {
+        V v = whole(S::load(x + i) - origin);
+        s += v;
+        q += v * v;
+      },
+      [&](int64_t i, Value& s, Value& q) {
+        Value v = S::one(x + i) - origin;
+        s += v;
+        q += v * v;
+      });
+}
+
+// Sums of dy and of dy·(x - origin).
+template <class S>
+void gradient_sums_run(const typename S::Stored* x, const typename S::Stored* dy, int64_t n, typename S::Value origin,
+                       typename S::Vector& sum, typename S::Vector& centered) {
+  using V = typename S::Vector;
+  using Value = typename S::Value;
+  sum_run<S>(
+      n, sum, centered,
+      [&](int64_t i, auto&& whole, V& s, V& t) {
+        V g = whole(S::load(dy + i));
+        s += g;
+        t += g * whole(S::load(x + i) - origin);
+      },
+      [&](int64_t i, Value& s, Value& t) {
+        Value g = S::one(dy + i);
+        s += g;
+        t += g * (S::one(x + i) - origin);
+      });
+}
+
+// Stores map(i), of the vector at i, or one(i), of a single value. What they read at i may lie where it is stored.
+template <class S, class Map, class One>
+void map_run(typename S::Stored* y, int64_t n, Map&& map, One&& one) {
+  using V = typename S::Vector;
+  if (n < W) {
+    for (int64_t i = 0; i < n; i++) S::put(y + i, one(i));
+    return;
   }
+  V last = map(n - W);  // before what it overlaps is written
+  int64_t i = 0;
+  for (; i + WAYS * W <= n; i += WAYS * W) {
+    V v[WAYS];
+    for (int k = 0; k < WAYS; k++) v[k] = map(i + k * W);
+    for (int k = 0; k < WAYS; k++) S::store(y + i + k * W, v[k]);
+  }
+  for (; i + W <= n; i += W) S::store(y + i, map(i));
+  S::store(y + n - W, last);
 }
 
 template <class S>
 void scale_run(const typename S::Stored* x, typename S::Stored* y, int64_t n, typename S::Value origin,
                typename S::Value scale, typename S::Value shift) {
-  int64_t i = 0;
-  for (; i + W <= n; i += W) S::store(y + i, (S::load(x + i) - origin) * scale + shift);
-  for (; i < n; i++) S::put(y + i, (S::one(x + i) - origin) * scale + shift);
-}
-
-// Adds sums of dy and of dy·(x - origin).
-template <class S>
-void gradient_sums_run(const typename S::Stored* x, const typename S::Stored* dy, int64_t n, typename S::Value origin,
-                       double* sum, double* centered) {
-  using V = typename S::Vector;
-  for (int64_t begin = 0; begin < n; begin += BLOCK) {
-    int64_t end = least(n, begin + BLOCK), i = begin;
-    V s[WAYS] = {}, t[WAYS] = {};
-    for (; i + WAYS * W <= end; i += WAYS * W)
-      for (int k = 0; k < WAYS; k++) {
-        V g = S::load(dy + i + k * W);
-        s[k] += g;
-        t[k] += g * (S::load(x + i + k * W) - origin);
-      }
-    for (; i + W <= end; i += W) {
-      V g = S::load(dy + i);
-      s[0] += g;
-      t[0] += g * (S::load(x + i) - origin);
-    }
-    *sum += total<V>((s[0] + s[1]) + (s[2] + s[3]));
-    *centered += total<V>((t[0] + t[1]) + (t[2] + t[3]));
-    for (; i < end; i++) {
-      double g = S::one(dy + i);
-      *sum += g;
-      *centered += g * (S::one(x + i) - origin);
-    }
-  }
+  map_run<S>(
+      y, n, [&](int64_t i) { return (S::load(x + i) - origin) * scale + shift; },
+      [&](int64_t i) { return (S::one(x + i) - origin) * scale + shift; });
 }
 
 template <class S>
 void combine_run(const typename S::Stored* x, const typename S::Stored* dy, typename S::Stored* dx, int64_t n,
                  typename S::Value origin, typename S::Value dy_weight, typename S::Value x_weight,
                  typename S::Value constant) {
-  int64_t i = 0;
-  for (; i + W <= n; i += W)
-    S::store(dx + i, S::load(dy + i) * dy_weight + ((S::load(x + i) - origin) * x_weight + constant));
-  for (; i < n; i++) S::put(dx + i, S::one(dy + i) * dy_weight + ((S::one(x + i) - origin) * x_weight + constant));
+  map_run<S>(
+      dx, n,
+      [&](int64_t i) { return S::load(dy + i) * dy_weight + ((S::load(x + i) - origin) * x_weight + constant); },
+      [&](int64_t i) { return S::one(dy + i) * dy_weight + ((S::one(x + i) - origin) * x_weight + constant); });
 }
 
 // ---- Rows: one value of every feature side by side. `rows` points to the rows, at most ROWS of them, so that they may
@@ -234,21 +267,26 @@ void combine_run(const typename S::Stored* x, const typename S::Stored* dy, type
 
 constexpr int64_t ROWS = 64;
 
+// Rows that are worked on abreast, which spares loads and stores of sums and coefficients.
+constexpr int64_t ABREAST = 2;
+
+// Calls body(i, n) for n rows from i on, with n = ABREAST known when this is compiled as often as that goes.
+template <class Body>
+void abreast(int64_t rows, Body&& body) {
+  int64_t i = 0;
+  for (; i + ABREAST <= rows; i += ABREAST) body(i, Constant<ABREAST>{});
+  for (; i < rows; i++) body(i, Constant<1>{});
+}
+
 template <class V>
 void add_to(double* sums, V v) {
-  for (int i = 0; i < W; i++) sums[i] += v[i];
+  store_bits(sums, load_bits<Doubles>(sums) + __builtin_convertvector(v, Doubles));
 }
 
 template <class S>
 void sum_rows(const typename S::Stored* const* rows, int64_t n, int64_t features, double* sums) {
   using V = typename S::Vector;
   int64_t c = 0;
-  for (; c + WAYS * W <= features; c += WAYS * W) {
-    V s[WAYS] = {};
-    for (int64_t i = 0; i < n; i++)
-      for (int k = 0; k < WAYS; k++) s[k] += S::load(rows[i] + c + k * W);
-    for (int k = 0; k < WAYS; k++) add_to<V>(sums + c + k * W, s[k]);
-  }
   for (; c + W <= features; c += W) {
     V s = {};
     for (int64_t i = 0; i < n; i++) s += S::load(rows[i] + c);
@@ -261,71 +299,72 @@ void sum_rows(const typename S::Stored* const* rows, int64_t n, int64_t features
 // Columns that sums are carried for at a time.
 constexpr int64_t TILE = 1024;
 
-// How rows are read for sums. From the cache: several abreast, which spares most of the loads and stores of the sums.
-// From memory: one after another, each asked for well before it is needed; that alone keeps memory busy.
-constexpr int64_t ABREAST = 8;
-constexpr int64_t AHEAD = 16 * 1024;  // bytes
-struct FromCache {
-  static constexpr int64_t ROWS_AT_ONCE = ABREAST;
-  static void ahead(const void*) {}
+// A row of each of N arrays; copied, since a compiler must take a store for one to the pointers, too.
+template <class S, int N>
+struct Row {
+  const typename S::Stored* of[N];
 };
-struct FromMemory {
-  static constexpr int64_t ROWS_AT_ONCE = 1;
-  static void ahead(const void* p) { __builtin_prefetch(static_cast<const char*>(p) + AHEAD); }
-};
+template <class S, int N>
+Row<S, N> row(const typename S::Stored* const* const (&arrays)[N], int64_t i) {
+  Row<S, N> found;
+  for (int a = 0; a < N; a++) found.of[a] = arrays[a][i];
+  return found;
+}
 
-// Adds to sums and seconds, by column, what `terms(i, c, &first, &second)` gives for vector c of row i; `one` does so
-// for a single column.
-template <class S, class Source, class Terms, class One>
-void sum_rows_by(int64_t n, int64_t features, double* sums, double* seconds, Terms&& terms, One&& one) {
+// Adds to sums and seconds, by column, what `terms(row, c, whole, first, second)` gives for the vector at column c of
+// each row, and `one` for a single column; as in sum_run.
+template <class S, int N, class Terms, class One>
+void sum_rows_by(const typename S::Stored* const* const (&arrays)[N], int64_t n, int64_t features, double* sums,
+                 double* seconds, Terms&& terms, One&& one) {
   using V = typename S::Vector;
   using Value = typename S::Value;
-  constexpr int64_t AT_ONCE = Source::ROWS_AT_ONCE;
-  Value first[TILE], second[TILE];
-  int64_t vectors = features / W * W;
+  alignas(sizeof(V)) Value first[TILE], second[TILE];
+  int64_t vectors = features / W * W, left = features - vectors;
+  auto whole = [](V v) { return v; };
   for (int64_t tile = 0; tile < vectors; tile += TILE) {
     int64_t width = least(TILE, vectors - tile);
-    for (int64_t i = 0; i < n; i += AT_ONCE) {
-      int64_t rows = least(AT_ONCE, n - i);
+    for (int64_t c = 0; c < width; c++) first[c] = second[c] = 0;
+    abreast(n, [&](int64_t i, auto rows) {
+      Row<S, N> at[rows.value];
+      for (int64_t k = 0; k < rows.value; k++) at[k] = row<S, N>(arrays, i + k);
       for (int64_t c = 0; c < width; c += W) {
-        V s = {}, t = {};
-        if (i > 0) {
-          s = load_bits<V>(first + c);
-          t = load_bits<V>(second + c);
-        }
-        if (rows == AT_ONCE) {
-#pragma GCC unroll 8
-          for (int64_t k = 0; k < AT_ONCE; k++) terms(i + k, tile + c, s, t);
-        } else {
-          for (int64_t k = 0; k < rows; k++) terms(i + k, tile + c, s, t);
-        }
+        V s = load_bits<V>(first + c), t = load_bits<V>(second + c);
+#pragma GCC unroll 4
+        for (int64_t k = 0; k < rows.value; k++) terms(at[k], tile + c, whole, s, t);
         store_bits(first + c, s);
         store_bits(second + c, t);
       }
-    }
-    for (int64_t c = 0; c < width; c++) {
-      sums[tile + c] += first[c];
-      seconds[tile + c] += second[c];
+    });
+    for (int64_t c = 0; c < width; c += W) {
+      add_to<V>(sums + tile + c, load_bits<V>(first + c));
+      add_to<V>(seconds + tile + c, load_bits<V>(second + c));
     }
   }
-  for (int64_t c = vectors; c < features; c++)
-    for (int64_t i = 0; i < n; i++) one(i, c, sums[c], seconds[c]);
+  if (left > 0 && vectors > 0) {
+    V s = {}, t = {};
+    auto end = [&](V v) { return last_of(v, left); };
+    for (int64_t i = 0; i < n; i++) terms(row<S, N>(arrays, i), features - W, end, s, t);
+    add_to<V>(sums + features - W, s);
+    add_to<V>(seconds + features - W, t);
+  } else {
+    for (int64_t c = 0; c < left; c++)
+      for (int64_t i = 0; i < n; i++) one(row<S, N>(arrays, i), c, sums[c], seconds[c]);
+  }
 }
 
-template <class S, class Source>
+template <class S>
 void moments_rows(const typename S::Stored* const* rows, int64_t n, int64_t features,
                   const typename S::Value* origin, double* sums, double* squares) {
   using V = typename S::Vector;
-  sum_rows_by<S, Source>(
-      n, features, sums, squares,
-      [&](int64_t i, int64_t c, V& s, V& q) {
-        Source::ahead(rows[i] + c);
-        V v = S::load(rows[i] + c) - load_bits<V>(origin + c);
+  sum_rows_by<S, 1>(
+      {rows}, n, features, sums, squares,
+      [&](const Row<S, 1>& x, int64_t c, auto&& whole, V& s, V& q) {
+        V v = whole(S::load(x.of[0] + c) - load_bits<V>(origin + c));
         s += v;
         q += v * v;
       },
-      [&](int64_t i, int64_t c, double& s, double& q) {
-        double v = S::one(rows[i] + c) - origin[c];
+      [&](const Row<S, 1>& x, int64_t c, double& s, double& q) {
+        double v = S::one(x.of[0] + c) - origin[c];
         s += v;
         q += v * v;
       });
@@ -372,37 +411,69 @@ void moments_few_rows(const typename S::Stored* const* rows, int64_t n, int64_t 
   }
 }
 
+// Stores map(row, c, coefficients) of the vector at column c of each row, or one(row, c) of a single value; as in
+// map_run. `coefficients(c)` are those of a vector of columns.
+template <class S, int N, class Coefficients, class Map, class One>
+void map_rows(const typename S::Stored* const* const (&arrays)[N], typename S::Stored* const* out, int64_t n,
+              int64_t features, Coefficients&& coefficients, Map&& map, One&& one) {
+  using V = typename S::Vector;
+  if (features < W) {
+    for (int64_t i = 0; i < n; i++)
+      for (int64_t c = 0; c < features; c++) S::put(out[i] + c, one(row<S, N>(arrays, i), c));
+    return;
+  }
+  bool left = features % W > 0;
+  abreast(n, [&](int64_t i, auto rows) {
+    Row<S, N> at[rows.value];
+    typename S::Stored* to[rows.value];
+    V last[rows.value] = {};
+    for (int64_t k = 0; k < rows.value; k++) {
+      at[k] = row<S, N>(arrays, i + k);
+      to[k] = out[i + k];
+      if (left) last[k] = map(at[k], features - W, coefficients(features - W));  // before what it overlaps is written
+    }
+#pragma GCC unroll 2
+    for (int64_t c = 0; c + W <= features; c += W) {
+      auto by = coefficients(c);
+      V v[rows.value];
+      for (int64_t k = 0; k < rows.value; k++) v[k] = map(at[k], c, by);
+      for (int64_t k = 0; k < rows.value; k++) S::store(to[k] + c, v[k]);
+    }
+    for (int64_t k = 0; left && k < rows.value; k++) S::store(to[k] + features - W, last[k]);
+  });
+}
+
 template <class S>
 void scale_rows(const typename S::Stored* const* rows, typename S::Stored* const* out, int64_t n, int64_t features,
                 const typename S::Value* origin, const typename S::Value* scale, const typename S::Value* shift) {
   using V = typename S::Vector;
-  for (int64_t i = 0; i < n; i++) {
-    const typename S::Stored* x = rows[i];
-    typename S::Stored* y = out[i];
-    int64_t c = 0;
-    for (; c + W <= features; c += W)
-      S::store(y + c, (S::load(x + c) - load_bits<V>(origin + c)) * load_bits<V>(scale + c) + load_bits<V>(shift + c));
-    for (; c < features; c++) S::put(y + c, (S::one(x + c) - origin[c]) * scale[c] + shift[c]);
-  }
+  struct By {
+    V origin, scale, shift;
+  };
+  map_rows<S, 1>(
+      {rows}, out, n, features,
+      [&](int64_t c) { return By{load_bits<V>(origin + c), load_bits<V>(scale + c), load_bits<V>(shift + c)}; },
+      [&](const Row<S, 1>& x, int64_t c, const By& by) {
+        return (S::load(x.of[0] + c) - by.origin) * by.scale + by.shift;
+      },
+      [&](const Row<S, 1>& x, int64_t c) { return (S::one(x.of[0] + c) - origin[c]) * scale[c] + shift[c]; });
 }
 
-template <class S, class Source>
+template <class S>
 void gradient_sums_rows(const typename S::Stored* const* rows, const typename S::Stored* const* dys, int64_t n,
                         int64_t features, const typename S::Value* origin, double* sums, double* centered) {
   using V = typename S::Vector;
-  sum_rows_by<S, Source>(
-      n, features, sums, centered,
-      [&](int64_t i, int64_t c, V& s, V& t) {
-        Source::ahead(dys[i] + c);
-        Source::ahead(rows[i] + c);
-        V g = S::load(dys[i] + c);
+  sum_rows_by<S, 2>(
+      {rows, dys}, n, features, sums, centered,
+      [&](const Row<S, 2>& both, int64_t c, auto&& whole, V& s, V& t) {
+        V g = whole(S::load(both.of[1] + c));
         s += g;
-        t += g * (S::load(rows[i] + c) - load_bits<V>(origin + c));
+        t += g * whole(S::load(both.of[0] + c) - load_bits<V>(origin + c));
       },
-      [&](int64_t i, int64_t c, double& s, double& t) {
-        double g = S::one(dys[i] + c);
+      [&](const Row<S, 2>& both, int64_t c, double& s, double& t) {
+        double g = S::one(both.of[1] + c);
         s += g;
-        t += g * (S::one(rows[i] + c) - origin[c]);
+        t += g * (S::one(both.of[0] + c) - origin[c]);
       });
 }
 
@@ -446,17 +517,22 @@ void combine_rows(const typename S::Stored* const* rows, const typename S::Store
                   const typename S::Value* dy_weight, const typename S::Value* x_weight,
                   const typename S::Value* constant) {
   using V = typename S::Vector;
-  for (int64_t i = 0; i < n; i++) {
-    const typename S::Stored *x = rows[i], *dy = dys[i];
-    typename S::Stored* dx = out[i];
-    int64_t c = 0;
-    for (; c + W <= features; c += W)
-      S::store(dx + c, S::load(dy + c) * load_bits<V>(dy_weight + c) +
-                           ((S::load(x + c) - load_bits<V>(origin + c)) * load_bits<V>(x_weight + c) +
-                            load_bits<V>(constant + c)));
-    for (; c < features; c++)
-      S::put(dx + c, S::one(dy + c) * dy_weight[c] + ((S::one(x + c) - origin[c]) * x_weight[c] + constant[c]));
-  }
+  struct By {
+    V origin, dy_weight, x_weight, constant;
+  };
+  map_rows<S, 2>(
+      {rows, dys}, out, n, features,
+      [&](int64_t c) {
+        return By{load_bits<V>(origin + c), load_bits<V>(dy_weight + c), load_bits<V>(x_weight + c),
+                  load_bits<V>(constant + c)};
+      },
+      [&](const Row<S, 2>& both, int64_t c, const By& by) {
+        return S::load(both.of[1] + c) * by.dy_weight +
+               ((S::load(both.of[0] + c) - by.origin) * by.x_weight + by.constant);
+      },
+      [&](const Row<S, 2>& both, int64_t c) {
+        return S::one(both.of[1] + c) * dy_weight[c] + ((S::one(both.of[0] + c) - origin[c]) * x_weight[c] + constant[c]);
+      });
 }
 
 }  // namespace

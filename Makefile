@@ -28,7 +28,7 @@ format: .venv/.installed
 # and on three, then several callers at once, and their races. SANITIZE_ISAS names the sets that are run; asking for more
 # than there is falls back on what is there.
 SANITIZE := build/sanitize
-SANITIZE_SOURCES := native/test/sanitize.cpp native/averages.cpp native/dispatch.cpp native/threads.cpp
+SANITIZE_SOURCES := native/test/sanitize.cpp native/averages.cpp native/dispatch.cpp native/memory.cpp native/threads.cpp
 SANITIZE_FLAGS := -std=c++17 -g -O1 -fno-omit-frame-pointer -Wall -Wextra -Wno-psabi -fno-math-errno -fno-trapping-math \
 	-Inative -pthread -DBATCHNORM_CHECKED
 SANITIZE_ISAS := $(shell grep -q avx512vl /proc/cpuinfo && echo avx512) \

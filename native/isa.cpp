@@ -1,4 +1,5 @@
 // The operations for one instruction set. CMake compiles this file once for each, with BATCHNORM_ISA its name.
+#include "memory.hpp"
 #include "passes.hpp"
 #include "threads.hpp"
 
@@ -59,6 +60,8 @@ struct Inner {
   using Value = typename S::Value;
   using Vector = typename S::Vector;
   const View& v;
+  Vector* partial = nullptr;  // scratch memory of sums_bytes
+  bool past = exceeds_caches(v.size() * static_cast<int64_t>(sizeof(Stored)));  // so results go past the caches
 
   int64_t group_rows() const { return v.rows / v.groups; }
   int64_t offset(int64_t group, int64_t i, int64_t c) const {
@@ -69,8 +72,9 @@ struct Inner {
     int64_t bytes = (all_groups ? v.rows : group_rows()) * v.inner * static_cast<int64_t>(sizeof(Stored)) * arrays;
     int64_t side = ceil_div(STRETCH, v.inner * static_cast<int64_t>(sizeof(Stored)));
     int64_t features = most<int64_t>(1, least(side, CACHE / most<int64_t>(bytes, 1)));
-    if (!serial) features = least(features, most<int64_t>(1, v.features / (2 * num_threads())));
-    return least(features, v.features);
+    if (serial) return least(features, v.features);
+    int64_t share = 2 * num_threads(), tasks = ceil_div(ceil_div(v.features, features), share) * share;  // for each the same
+    return ceil_div(v.features, tasks);
   }
 
   // Scratch memory for the sums of n features.
@@ -137,8 +141,9 @@ struct Inner {
     for (int64_t i = group_rows() - 1; i >= 0; i--) {  // backwards: the end is what the cache still has
       int64_t at = offset(group, i, c0);
       for (int64_t c = 0; c < c1 - c0; c++, at += v.inner)
-        scale_run<S>(x + at, y + at, v.inner, origin[c], scale[c], shift[c]);
+        scale_run<S>(x + at, y + at, v.inner, past, origin[c], scale[c], shift[c]);
     }
+    if (past) fence();
   }
 
   void sums(const Stored* x, const Stored* dy, int64_t group, int64_t c0, int64_t c1, const Value* origin, double* sum,
@@ -153,11 +158,11 @@ struct Inner {
     for (int64_t i = group_rows() - 1; i >= 0; i--) {
       int64_t at = offset(group, i, c0);
       for (int64_t c = 0; c < c1 - c0; c++, at += v.inner)
-        combine_run<S>(x + at, dy + at, dx + at, v.inner, origin[c], dy_weight[c], x_weight[c], constant[c]);
+        combine_run<S>(x + at, dy + at, dx + at, v.inner, past, origin[c], dy_weight[c], x_weight[c], constant[c]);
     }
+    if (past) fence();
   }
 
-  Vector* partial = nullptr;  // scratch memory of sums_bytes
 };
 
 // ---- Features last: rows of all features. A few features are seen as a wider row of several rows side by side.
@@ -167,6 +172,7 @@ struct Rows {
   using Stored = typename S::Stored;
   using Value = typename S::Value;
   const View& v;
+  bool past = exceeds_caches(v.size() * static_cast<int64_t>(sizeof(Stored)));  // so results go past the caches
 
   int64_t group_rows() const { return v.rows / v.groups; }
   // At most ROWS, so that one block takes the rows that are left.
@@ -261,8 +267,9 @@ struct Rows {
              const Value* scale, const Value* shift) const {
     const Stored* const arrays[2] = {x, y};
     blocks<2>(arrays, group, begin, end, [&](auto& p, int64_t n, int64_t f) {
-      scale_rows<S>(p[0], const_cast<Stored**>(p[1]), n, f, origin, scale, shift);
+      scale_rows<S>(p[0], const_cast<Stored**>(p[1]), n, f, past, origin, scale, shift);
     });
+    if (past) fence();
   }
 
   void sums(const Stored* x, const Stored* dy, int64_t group, int64_t begin, int64_t end, const Value* origin,
@@ -285,8 +292,9 @@ struct Rows {
                const Value* origin, const Value* dy_weight, const Value* x_weight, const Value* constant) const {
     const Stored* const arrays[3] = {x, dy, dx};
     blocks<3>(arrays, group, begin, end, [&](auto& p, int64_t n, int64_t f) {
-      combine_rows<S>(p[0], p[1], const_cast<Stored**>(p[2]), n, f, origin, dy_weight, x_weight, constant);
+      combine_rows<S>(p[0], p[1], const_cast<Stored**>(p[2]), n, f, past, origin, dy_weight, x_weight, constant);
     });
+    if (past) fence();
   }
 
   // How many pieces a whole batch is cut into, and where piece j begins. The number of threads may change during a
@@ -602,6 +610,7 @@ void forward_rows_groups(const Forward& p) {
 
 template <class S>
 void forward(const Forward& p) {
+  will_write(p.y, p.view.bytes(p.type));
   if (p.view.inner > 1) return forward_inner<S>(p);
   if (p.view.groups == 1) return forward_rows_whole<S>(p);
   forward_rows_groups<S>(p);
@@ -751,6 +760,7 @@ void backward_rows_groups(const Backward& p) {
 
 template <class S>
 void backward(const Backward& p) {
+  will_write(p.dx, p.view.bytes(p.type));
   if (p.view.inner > 1) return backward_inner<S>(p);
   if (p.view.groups == 1) return backward_rows_whole<S>(p);
   backward_rows_groups<S>(p);
@@ -842,6 +852,7 @@ void scale_shift(const ScaleShift& p) {
   const auto* x = static_cast<const typename S::Stored*>(p.x);
   auto* y = static_cast<typename S::Stored*>(p.y);
   const Values* const given[3] = {nullptr, &p.scale, &p.shift};
+  will_write(y, v.bytes(p.type));
   if (v.inner > 1)
     by_features<S>(v, 1, [&](int64_t g, int64_t c0, int64_t c1) {
       Prepared<S, 3> by(v, given, g, c0, c1, c1 - c0);
@@ -898,6 +909,7 @@ void gradient_combine(const GradientCombine& p) {
   const auto *x = static_cast<const typename S::Stored*>(p.x), *dy = static_cast<const typename S::Stored*>(p.dy);
   auto* dx = static_cast<typename S::Stored*>(p.dx);
   const Values* const given[4] = {nullptr, &p.dy_weight, &p.x_weight, &p.constant};
+  will_write(dx, v.bytes(p.type));
   if (v.inner > 1)
     by_features<S>(v, 2, [&](int64_t g, int64_t c0, int64_t c1) {
       Prepared<S, 4> by(v, given, g, c0, c1, c1 - c0);

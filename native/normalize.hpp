@@ -23,6 +23,7 @@ struct View {
   int64_t parameters() const { return own ? groups * features : features; }
 
   int64_t size() const { return rows * features * inner; }
+  int64_t bytes(Type type) const { return size() * size_of(type); }
   int64_t count() const { return groups ? rows / groups * inner : 0; }  // values per group and feature
 };
 

@@ -5,6 +5,10 @@
 #include <cstdint>
 #include <cstring>
 
+#ifdef __SSE2__
+#include <immintrin.h>
+#endif
+
 #include "normalize.hpp"
 
 #ifndef BATCHNORM_VECTOR_BYTES
@@ -55,6 +59,45 @@ V same_bits(U u) {
   std::memcpy(&v, &u, sizeof v);
   return v;
 }
+// Stores past the caches, to memory; p must be aligned to V. `fence` comes after, before others may read it.
+#ifdef __SSE2__
+#if BATCHNORM_VECTOR_BYTES == 64
+using Part = __m512i;
+void stream_part(Part* p, Part v) { _mm512_stream_si512(p, v); }
+void stream_part(__m256i* p, __m256i v) { _mm256_stream_si256(p, v); }
+#elif BATCHNORM_VECTOR_BYTES == 32
+using Part = __m256i;
+void stream_part(Part* p, Part v) { _mm256_stream_si256(p, v); }
+void stream_part(__m128i* p, __m128i v) { _mm_stream_si128(p, v); }
+#else
+using Part = __m128i;
+void stream_part(Part* p, Part v) { _mm_stream_si128(p, v); }
+#endif
+template <class V, class P>
+void stream_bits(P* p, V v) {
+  if constexpr (sizeof v >= sizeof(Part)) {
+    Part parts[sizeof v / sizeof(Part)];
+    std::memcpy(parts, &v, sizeof v);
+    for (size_t i = 0; i < sizeof v / sizeof(Part); i++) stream_part(reinterpret_cast<Part*>(p) + i, parts[i]);
+  } else {
+#if BATCHNORM_VECTOR_BYTES == 64
+    stream_part(reinterpret_cast<__m256i*>(p), same_bits<__m256i>(v));
+#elif BATCHNORM_VECTOR_BYTES == 32
+    stream_part(reinterpret_cast<__m128i*>(p), same_bits<__m128i>(v));
+#else
+    store_bits(p, v);
+#endif
+  }
+}
+void fence() { _mm_sfence(); }
+#else
+template <class V, class P>
+void stream_bits(P* p, V v) {
+  store_bits(p, v);
+}
+void fence() {}
+#endif
+
 Words choose(Words mask, Words yes, Words no) { return (mask & yes) | (~mask & no); }
 
 // How a stored type is loaded and stored: Value is what arithmetic is in, Vector holds W of them.
@@ -64,6 +107,7 @@ struct Float32 {
   using Vector = Floats;
   static Vector load(const Stored* p) { return load_bits<Vector>(p); }
   static void store(Stored* p, Vector v) { store_bits(p, v); }
+  static void stream(Stored* p, Vector v) { stream_bits(p, v); }
   static Value one(const Stored* p) { return load_bits<Value>(p); }
   static void put(Stored* p, Value v) { store_bits(p, v); }
 };
@@ -74,6 +118,7 @@ struct Float64 {
   using Vector = Doubles;
   static Vector load(const Stored* p) { return load_bits<Vector>(p); }
   static void store(Stored* p, Vector v) { store_bits(p, v); }
+  static void stream(Stored* p, Vector v) { stream_bits(p, v); }
   static Value one(const Stored* p) { return load_bits<Value>(p); }
   static void put(Stored* p, Value v) { store_bits(p, v); }
 };
@@ -87,9 +132,9 @@ struct Half {
   static Vector load(const Stored* p) {
     return Conversion::widen(__builtin_convertvector(load_bits<Halves>(p), Words));
   }
-  static void store(Stored* p, Vector v) {
-    store_bits(p, __builtin_convertvector(Conversion::narrow(same_bits<Words>(v)), Halves));
-  }
+  static void store(Stored* p, Vector v) { store_bits(p, narrow(v)); }
+  static void stream(Stored* p, Vector v) { stream_bits(p, narrow(v)); }
+  static Halves narrow(Vector v) { return __builtin_convertvector(Conversion::narrow(same_bits<Words>(v)), Halves); }
   static Value one(const Stored* p) { return Conversion::widen(Words{} + load_bits<Stored>(p))[0]; }
   static void put(Stored* p, Value v) {
     // Subtracting zero, not adding it, keeps the sign of −0.
@@ -225,39 +270,70 @@ void gradient_sums_run(const typename S::Stored* x, const typename S::Stored* dy
       });
 }
 
+// How a result is written that is `past` the caches, or not.
+template <class S>
+struct ToCache {
+  static void store(typename S::Stored* p, typename S::Vector v) { S::store(p, v); }
+};
+template <class S>
+struct PastCaches {
+  static void store(typename S::Stored* p, typename S::Vector v) { S::stream(p, v); }
+};
+template <class S>
+bool is_aligned(const typename S::Stored* p) {
+  return reinterpret_cast<uintptr_t>(p) % (W * sizeof *p) == 0;
+}
+
 // Stores map(i), of the vector at i, or one(i), of a single value. What they read at i may lie where it is stored.
 template <class S, class Map, class One>
-void map_run(typename S::Stored* y, int64_t n, Map&& map, One&& one) {
+void map_run(typename S::Stored* y, int64_t n, bool past, Map&& map, One&& one) {
   using V = typename S::Vector;
   if (n < W) {
     for (int64_t i = 0; i < n; i++) S::put(y + i, one(i));
     return;
   }
   V last = map(n - W);  // before what it overlaps is written
-  int64_t i = 0;
-  for (; i + WAYS * W <= n; i += WAYS * W) {
-    V v[WAYS];
-    for (int k = 0; k < WAYS; k++) v[k] = map(i + k * W);
-    for (int k = 0; k < WAYS; k++) S::store(y + i + k * W, v[k]);
+  auto from = [&](int64_t i, auto to) {
+    for (; i + WAYS * W <= n; i += WAYS * W) {
+      V v[WAYS];
+      for (int k = 0; k < WAYS; k++) v[k] = map(i + k * W);
+      for (int k = 0; k < WAYS; k++) to.store(y + i + k * W, v[k]);
+    }
+    for (; i + W <= n; i += W) S::store(y + i, map(i));
+  };
+  int64_t skip = 0;
+  if (past && n >= 4 * WAYS * W)
+    while (skip < W && !is_aligned<S>(y + skip)) skip++;
+  else
+    skip = W;
+  if (skip < W) {
+    if (skip > 0) {
+      V first = map(0), second = map(skip);
+      S::store(y, first);
+      S::store(y + skip, second);
+      skip += W;
+    }
+    from(skip, PastCaches<S>{});
+  } else {
+    from(0, ToCache<S>{});
   }
-  for (; i + W <= n; i += W) S::store(y + i, map(i));
   S::store(y + n - W, last);
 }
 
 template <class S>
-void scale_run(const typename S::Stored* x, typename S::Stored* y, int64_t n, typename S::Value origin,
+void scale_run(const typename S::Stored* x, typename S::Stored* y, int64_t n, bool past, typename S::Value origin,
                typename S::Value scale, typename S::Value shift) {
   map_run<S>(
-      y, n, [&](int64_t i) { return (S::load(x + i) - origin) * scale + shift; },
+      y, n, past, [&](int64_t i) { return (S::load(x + i) - origin) * scale + shift; },
       [&](int64_t i) { return (S::one(x + i) - origin) * scale + shift; });
 }
 
 template <class S>
 void combine_run(const typename S::Stored* x, const typename S::Stored* dy, typename S::Stored* dx, int64_t n,
-                 typename S::Value origin, typename S::Value dy_weight, typename S::Value x_weight,
+                 bool past, typename S::Value origin, typename S::Value dy_weight, typename S::Value x_weight,
                  typename S::Value constant) {
   map_run<S>(
-      dx, n,
+      dx, n, past,
       [&](int64_t i) { return S::load(dy + i) * dy_weight + ((S::load(x + i) - origin) * x_weight + constant); },
       [&](int64_t i) { return S::one(dy + i) * dy_weight + ((S::one(x + i) - origin) * x_weight + constant); });
 }
@@ -415,7 +491,7 @@ void moments_few_rows(const typename S::Stored* const* rows, int64_t n, int64_t 
 // map_run. `coefficients(c)` are those of a vector of columns.
 template <class S, int N, class Coefficients, class Map, class One>
 void map_rows(const typename S::Stored* const* const (&arrays)[N], typename S::Stored* const* out, int64_t n,
-              int64_t features, Coefficients&& coefficients, Map&& map, One&& one) {
+              int64_t features, bool past, Coefficients&& coefficients, Map&& map, One&& one) {
   using V = typename S::Vector;
   if (features < W) {
     for (int64_t i = 0; i < n; i++)
@@ -432,26 +508,34 @@ void map_rows(const typename S::Stored* const* const (&arrays)[N], typename S::S
       to[k] = out[i + k];
       if (left) last[k] = map(at[k], features - W, coefficients(features - W));  // before what it overlaps is written
     }
+    auto all = [&](auto how) {
 #pragma GCC unroll 2
-    for (int64_t c = 0; c + W <= features; c += W) {
-      auto by = coefficients(c);
-      V v[rows.value];
-      for (int64_t k = 0; k < rows.value; k++) v[k] = map(at[k], c, by);
-      for (int64_t k = 0; k < rows.value; k++) S::store(to[k] + c, v[k]);
-    }
+      for (int64_t c = 0; c + W <= features; c += W) {
+        auto by = coefficients(c);
+        V v[rows.value];
+        for (int64_t k = 0; k < rows.value; k++) v[k] = map(at[k], c, by);
+        for (int64_t k = 0; k < rows.value; k++) how.store(to[k] + c, v[k]);
+      }
+    };
+    bool aligned = past;
+    for (int64_t k = 0; k < rows.value; k++) aligned = aligned && is_aligned<S>(to[k]);
+    if (aligned)
+      all(PastCaches<S>{});
+    else
+      all(ToCache<S>{});
     for (int64_t k = 0; left && k < rows.value; k++) S::store(to[k] + features - W, last[k]);
   });
 }
 
 template <class S>
 void scale_rows(const typename S::Stored* const* rows, typename S::Stored* const* out, int64_t n, int64_t features,
-                const typename S::Value* origin, const typename S::Value* scale, const typename S::Value* shift) {
+                bool past, const typename S::Value* origin, const typename S::Value* scale, const typename S::Value* shift) {
   using V = typename S::Vector;
   struct By {
     V origin, scale, shift;
   };
   map_rows<S, 1>(
-      {rows}, out, n, features,
+      {rows}, out, n, features, past,
       [&](int64_t c) { return By{load_bits<V>(origin + c), load_bits<V>(scale + c), load_bits<V>(shift + c)}; },
       [&](const Row<S, 1>& x, int64_t c, const By& by) {
         return (S::load(x.of[0] + c) - by.origin) * by.scale + by.shift;
@@ -513,15 +597,15 @@ void gradient_sums_few_rows(const typename S::Stored* const* rows, const typenam
 
 template <class S>
 void combine_rows(const typename S::Stored* const* rows, const typename S::Stored* const* dys,
-                  typename S::Stored* const* out, int64_t n, int64_t features, const typename S::Value* origin,
-                  const typename S::Value* dy_weight, const typename S::Value* x_weight,
+                  typename S::Stored* const* out, int64_t n, int64_t features, bool past,
+                  const typename S::Value* origin, const typename S::Value* dy_weight, const typename S::Value* x_weight,
                   const typename S::Value* constant) {
   using V = typename S::Vector;
   struct By {
     V origin, dy_weight, x_weight, constant;
   };
   map_rows<S, 2>(
-      {rows, dys}, out, n, features,
+      {rows, dys}, out, n, features, past,
       [&](int64_t c) {
         return By{load_bits<V>(origin + c), load_bits<V>(dy_weight + c), load_bits<V>(x_weight + c),
                   load_bits<V>(constant + c)};

@@ -189,7 +189,10 @@ void set_num_threads(int threads) { wanted.store(within(threads), std::memory_or
 void parallel(int64_t tasks, void (*task)(void*, int64_t), void* context) {
   int threads = num_threads();
   if (tasks > 1 && threads > 1 && team != nullptr) {
-    Shared shared{tasks, task, context};
+    Shared shared;
+    shared.tasks = tasks;
+    shared.task = task;
+    shared.context = context;
     team(drain_shared, &shared, static_cast<unsigned>(tasks < threads ? tasks : threads), 0);
     if (shared.failure) std::rethrow_exception(shared.failure);
     return;
@@ -210,26 +213,6 @@ void parallel(int64_t tasks, void (*task)(void*, int64_t), void* context) {
     }
   }
   for (int64_t i = 0; i < tasks; i++) task(context, i);
-}
-
-void* scratch(Slot slot, int64_t bytes) {
-  struct Buffer {
-    void* data = nullptr;
-    int64_t size = 0;
-    ~Buffer() { std::free(data); }
-  };
-  thread_local Buffer buffers[2];
-  Buffer& buffer = buffers[static_cast<int>(slot)];
-  if (bytes > buffer.size) {
-    std::free(buffer.data);
-    buffer.size = (bytes + 4095) / 4096 * 4096;
-    buffer.data = std::aligned_alloc(64, static_cast<size_t>(buffer.size));
-    if (buffer.data == nullptr) {
-      buffer.size = 0;
-      throw std::bad_alloc();
-    }
-  }
-  return buffer.data;
 }
 
 }  // namespace batchnorm

@@ -24,8 +24,4 @@ class Team {
   Team(const Team&) = delete;
 };
 
-// Memory that a thread keeps from call to call: one piece for what spans the tasks of a call, one for a single task.
-enum class Slot : int { call, task };
-void* scratch(Slot slot, int64_t bytes);
-
 }  // namespace batchnorm

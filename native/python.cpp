@@ -257,7 +257,9 @@ OpenMP openmp = nullptr;
 void forward_at(int threads, int64_t rows, int64_t groups, int64_t span, int64_t features, int64_t inner, bool own, int type,
                 bool wide, uintptr_t x, uintptr_t y, double epsilon, uintptr_t gamma, uintptr_t beta,
                 uintptr_t adjustment_scale, uintptr_t adjustment_bias, uintptr_t renorm_mean, uintptr_t renorm_stddev,
-                double rmin, double rmax, double dmax, uintptr_t mean, uintptr_t variance, uintptr_t r, uintptr_t d) {
+                double rmin, double rmax, double dmax, uintptr_t mean, uintptr_t variance, uintptr_t r, uintptr_t d,
+                uintptr_t running_mean, uintptr_t running_variance, double momentum, double bessel,
+                double renorm_momentum) {
   Forward p{};
   p.type = static_cast<Type>(type);
   p.view = {rows, groups, span, features, inner, own};
@@ -277,8 +279,13 @@ void forward_at(int threads, int64_t rows, int64_t groups, int64_t span, int64_t
   p.variance = at(variance, wide);
   p.r = at(r, wide);
   p.d = at(d, wide);
+  Averages averages{p.view.parameters(), own ? 1 : groups, p.mean, p.variance, at(running_mean, wide),
+                    at(running_variance, wide), momentum, bessel, epsilon, p.renorm_mean, p.renorm_stddev,
+                    renorm_momentum};
   Team team(openmp, threads);
-  call(kernels().forward, p);
+  nb::gil_scoped_release release;
+  kernels().forward(p);
+  if (running_mean || running_variance || (renorm_mean && renorm_momentum)) track(averages);
 }
 
 void backward_at(int threads, int64_t rows, int64_t groups, int64_t span, int64_t features, int64_t inner, bool own, int type,
@@ -307,13 +314,6 @@ void backward_at(int threads, int64_t rows, int64_t groups, int64_t span, int64_
   call(kernels().backward, p);
 }
 
-void track_at(int64_t parameters, int64_t groups, bool wide, uintptr_t mean, uintptr_t variance, uintptr_t running_mean,
-              uintptr_t running_variance, double momentum, double bessel, double epsilon, uintptr_t renorm_mean,
-              uintptr_t renorm_stddev, double renorm_momentum) {
-  track({parameters, groups, at(mean, wide), at(variance, wide), at(running_mean, wide), at(running_variance, wide),
-         momentum, bessel, epsilon, at(renorm_mean, wide), at(renorm_stddev, wide), renorm_momentum});
-}
-
 }  // namespace
 
 NB_MODULE(_native, m) {
@@ -334,7 +334,6 @@ NB_MODULE(_native, m) {
   m.def("use_openmp", [](uintptr_t address) { openmp = reinterpret_cast<OpenMP>(address); });
   m.def("forward_at", &forward_at);
   m.def("backward_at", &backward_at);
-  m.def("track_at", &track_at);
   m.def("moments", &moments, arg("rows"), arg("groups"), arg("span"), arg("features"), arg("inner"), arg("own"),
         arg("x").noconvert(), arg("mean").noconvert(), arg("variance").noconvert());
   m.def("scale_shift", &scale_shift, arg("rows"), arg("groups"), arg("span"), arg("features"), arg("inner"), arg("own"),

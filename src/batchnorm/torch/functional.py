@@ -181,32 +181,40 @@ def normalize(
         return _evaluate(x, axes, options, running, weight, bias, eps)
     size = options.virtual_batch_size
     plain = axes == (1,) and renorm is None and size is None and options.adjustment is None
-    wrong = _misfit(x, axes, running, weight, bias, renorm)
-    if plain and (wrong or not _is_torch_s_mix(x, (*running, weight, bias))):  # PyTorch says what is wrong
-        return torch.nn.functional.batch_norm(x, *running, weight, bias, True, 0.0, eps), TORCH
-    if wrong:
-        raise ValueError(wrong)
+    others = (*running, weight, bias, *(renorm or ()))
+    taken = native.takes(x, tuple([x.shape[axis] for axis in axes]), others)
+    if not taken:
+        wrong = _misfit(x, axes, others)
+        if plain and (wrong or not _is_torch_s_mix(x, others)):  # PyTorch says what is wrong
+            return torch.nn.functional.batch_norm(x, *running, weight, bias, True, 0.0, eps), TORCH
+        if wrong:
+            raise ValueError(wrong)
     count = _check_batch(x, axes, size, eps)
     pair, by_feature = (None, True) if options.adjustment is None else _adjust(options.adjustment, x, axes)
-    kernel = _select(x, axes, options, momentum, plain, by_feature and count > 0)
+    mode = native.mode()
+    kernel = _select(x, axes, options, momentum, plain, by_feature and count > 0, mode)
     if kernel == TORCH:
         return torch.nn.functional.batch_norm(x, *running, weight, bias, True, float(momentum), eps), kernel
     layout = composed.memory_format(x)
     keeps = kernel == KERNEL and len(axes) == 1
-    own = x.contiguous(memory_format=layout) if keeps else _with_gradients_like(x, layout)
+    own = _laid_out(x, layout) if keeps else _with_gradients_like(x, layout, mode)
     if kernel == KERNEL:
-        flat = None if pair is None else _flat(pair, x, axes)
+        averages = None
+        if taken and not mode.traced and not torch.is_tensor(momentum):
+            averages = native.Averages(running, momentum, count / (count - 1), renorm, renorm_momentum)
         y, both = native.forward(
             own,
             native.How(eps, axes, size),
+            mode.traced,
             weight=weight,
             bias=bias,
-            adjustment=flat,
+            adjustment=None if pair is None else _flat(pair, x, axes),
             renorm=renorm,
             clipping=clipping,
+            averages=averages,
         )
-        y = y.contiguous(memory_format=layout)
-        if native.track(both, running, momentum, count / (count - 1), eps, renorm, renorm_momentum):
+        y = _laid_out(y, layout)
+        if both is None:
             return y, kernel
         moments = Moments(*both.mean(dim=1))
     else:
@@ -235,24 +243,34 @@ class _GradientsLike(torch.autograd.Function):
         return gradient.contiguous(memory_format=ctx.layout), None
 
 
-def _with_gradients_like(x: Tensor, layout: torch.memory_format) -> Tensor:
-    if native.is_transformed() or native.is_traced():
+def _laid_out(x: Tensor, layout: torch.memory_format) -> Tensor:
+    return x if x.is_contiguous(memory_format=layout) else x.contiguous(memory_format=layout)
+
+
+def _with_gradients_like(x: Tensor, layout: torch.memory_format, mode: native.Mode) -> Tensor:
+    if mode.traced or mode.transformed:
         return x  # where a gradient comes from elsewhere, its layout is nothing to insist on
     kept: Tensor = _GradientsLike.apply(x, layout)  # type: ignore[no-untyped-call]
     return kept
 
 
 def _select(
-    x: Tensor, axes: tuple[int, ...], options: Options, momentum: float | Tensor, plain: bool, serves: bool
+    x: Tensor,
+    axes: tuple[int, ...],
+    options: Options,
+    momentum: float | Tensor,
+    plain: bool,
+    serves: bool,
+    mode: native.Mode,
 ) -> str:
-    if options.fused is False or native.is_transformed():  # of which PyTorch's operator has wrong second derivatives
+    if options.fused is False or mode.transformed:  # of which PyTorch's operator has wrong second derivatives
         return kernels.COMPOSED
-    if plain and not native.is_traced() and is_small(x):
+    if plain and not mode.traced and is_small(x):
         return TORCH
     torch_serves = plain and not (torch.is_tensor(momentum) and torch.compiler.is_compiling())
-    if torch_serves and torch.compiler.is_exporting():  # programs that hold nothing of this package
+    if torch_serves and mode.traced and torch.compiler.is_exporting():  # programs that hold nothing of this package
         return TORCH
-    native_serves = serves and native.serves(x, axes, options.virtual_batch_size)
+    native_serves = serves and native.serves(x, axes, options.virtual_batch_size, mode)
     return kernels.select(options.fused, {KERNEL: native_serves, TORCH: torch_serves})
 
 
@@ -303,10 +321,10 @@ def _evaluate(
     mean, variance = running
     if kernel == TORCH or mean is None or variance is None:
         return torch.nn.functional.batch_norm(x, mean, variance, weight, bias, False, 0.0, eps), TORCH
-    if wrong := _misfit(x, axes, running, weight, bias, None):
+    if wrong := _misfit(x, axes, (*running, weight, bias)):
         raise ValueError(wrong)
     layout = composed.memory_format(x)
-    own, seen = _with_gradients_like(x, layout), composed.plan(x, axes, None)
+    own, seen = _with_gradients_like(x, layout, native.mode()), composed.plan(x, axes, None)
     y = composed.evaluate(own, seen, eps, Moments(mean, variance), weight, bias)
     return y.contiguous(memory_format=layout), kernel
 
@@ -351,19 +369,12 @@ def _check_batch(x: Tensor, axes: tuple[int, ...], virtual_batch_size: int | Non
     return count
 
 
-def _misfit(
-    x: Tensor,
-    axes: tuple[int, ...],
-    running: tuple[Tensor | None, Tensor | None],
-    weight: Tensor | None,
-    bias: Tensor | None,
-    renorm: Pair | None,
-) -> str | None:
+def _misfit(x: Tensor, axes: tuple[int, ...], values: tuple[Tensor | None, ...]) -> str | None:
     """Say which statistic or parameter does not fit: it is elsewhere, or not of the shape of the feature axes."""
     shape, device = x.shape, x.device
     expected = torch.Size([shape[axis] for axis in axes])
     names = ("running_mean", "running_var", "weight", "bias", "renorm_mean", "renorm_stddev")
-    for name, value in zip(names, (*running, weight, bias, *(renorm or ())), strict=False):
+    for name, value in zip(names, values, strict=False):
         if value is None:
             continue
         if value.device != device:

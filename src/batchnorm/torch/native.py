@@ -27,7 +27,7 @@ from batchnorm.core.options import Clipping
 from . import composed
 from .composed import Pair, wide
 
-__all__ = ["How", "forward", "is_traced", "is_transformed", "serves", "track"]
+__all__ = ["Averages", "How", "Mode", "forward", "is_traced", "mode", "serves", "takes"]
 
 TYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
 """The kernels' numbers of the types."""
@@ -63,19 +63,58 @@ class How(NamedTuple):
     virtual_batch_size: int | None
 
 
-def serves(x: Tensor, axes: tuple[int, ...], virtual_batch_size: int | None) -> bool:
+class Averages(NamedTuple):
+    """What a training step moves, each by the weight of the new value; the variance by `bessel` times the batch's."""
+
+    running: tuple[Optional, Optional]
+    momentum: float
+    bessel: float
+    renorm: Pair | None
+    renorm_momentum: float
+
+
+class Mode(NamedTuple):
+    """What is at work besides PyTorch's own operators: tracing, and transformations."""
+
+    traced: bool
+    transformed: bool
+
+
+def mode() -> Mode:
+    """Look what is at work. Each question takes microseconds where a large batch has emptied the caches."""
+    return Mode(is_traced(), is_transformed())
+
+
+def takes(x: Tensor, shape: tuple[int, ...], values: Sequence[Optional]) -> bool:
+    """Tell whether the kernels take parameters and statistics of this shape as they are."""
+    dtype = wide(x)
+    for value in values:
+        if value is not None and not (
+            value.dtype == dtype
+            and value.shape == shape
+            and value.is_cpu
+            and value.is_contiguous()
+            and _is_plain(value)
+        ):
+            return False
+    return x.is_cpu and x.dtype in TYPES
+
+
+def serves(x: Tensor, axes: tuple[int, ...], virtual_batch_size: int | None, mode: Mode) -> bool:
     """Tell whether the operators can compute a training step.
 
     They are for CPUs and know neither forward-mode differentiation nor the transformations of `torch.func`.
     """
-    runs = 1 + sum(after - before > 1 for before, after in itertools.pairwise(axes))
+    if len(axes) > 1:
+        runs = 1 + sum(after - before > 1 for before, after in itertools.pairwise(axes))
+        if runs > (2 if virtual_batch_size is None else 1):
+            return False
     return (
         native.library is not None
-        and x.device.type == "cpu"
+        and x.is_cpu
         and x.dtype in TYPES
-        and runs <= (2 if virtual_batch_size is None else 1)
-        and not is_transformed()
-        and (_is_plain(x) or is_traced())
+        and not mode.transformed
+        and (mode.traced or _is_plain(x))
     )
 
 
@@ -96,47 +135,30 @@ def is_traced() -> bool:
 def forward(
     x: Tensor,
     how: How,
+    traced: bool,
     *,
     weight: Optional = None,
     bias: Optional = None,
     adjustment: Pair | None = None,
     renorm: Pair | None = None,
     clipping: Clipping,
-) -> tuple[Tensor, Tensor]:
-    """Normalize by the batch; also return the means and variances, [2][groups][parameters]."""
+    averages: Averages | None = None,
+) -> tuple[Tensor, Optional]:
+    """Normalize by the batch, and move the averages, if they are given as the kernels take them.
+
+    Returns:
+        The output, and unless averages have been moved the means and variances, [2][groups][parameters].
+    """
     mean, stddev = renorm or (None, None)
     scale, shift = adjustment or (None, None)
-    if is_traced():
+    if traced:
         limits = None if renorm is None else _tensor(clipping, x.device)
         y, moments, _ = torch.ops.batchnorm.forward(x, weight, bias, scale, shift, mean, stddev, limits, *how)
-    else:
-        numbers = UNLIMITED if renorm is None else _numbers(clipping)
-        y, moments = _Forward.apply(x, weight, bias, scale, shift, mean, stddev, numbers, how)  # type: ignore[no-untyped-call]
-    return y, moments
-
-
-def track(
-    moments: Tensor, running: tuple[Optional, Optional], momentum: float | Tensor, bessel: float, epsilon: float,
-    renorm: Pair | None, renorm_momentum: float,
-) -> bool:  # fmt: skip
-    """Move the averages after `forward` where the kernels can, and tell whether they could.
-
-    One call instead of a dozen operators, of which each takes as long as a small batch.
-    """
-    averages = (*running, *(renorm or (None, None)))
-    if native.library is None or torch.is_tensor(momentum) or is_traced():
-        return False
-    dtype = moments.dtype
-    for average in averages:
-        if average is not None and not (average.dtype == dtype and average.is_contiguous() and _is_plain(average)):
-            return False
-    running_mean, running_var, renorm_mean, renorm_stddev = map(_at, averages)
-    _, groups, parameters = moments.shape
-    native.library.track_at(
-        parameters, groups, dtype == torch.float64, *_halves(moments), running_mean, running_var, momentum, bessel,
-        epsilon, renorm_mean, renorm_stddev, renorm_momentum,
-    )  # fmt: skip
-    return True
+        return y, moments
+    numbers = UNLIMITED if renorm is None else _numbers(clipping)
+    kept: list[Tensor] = []
+    y = _Forward.apply(x, weight, bias, scale, shift, mean, stddev, numbers, how, averages, kept)  # type: ignore[no-untyped-call]
+    return y, (kept[0] if averages is None else None)
 
 
 UNLIMITED = (-math.inf, math.inf, math.inf)
@@ -219,9 +241,9 @@ def _kept(value: Optional, dtype: torch.dtype) -> Optional:
 
 def _compute_forward(
     x: Tensor, weight: Optional, bias: Optional, scale: Optional, shift: Optional, renorm_mean: Optional,
-    renorm_stddev: Optional, limits: Limits, how: How,
+    renorm_stddev: Optional, limits: Limits, how: How, averages: Averages | None = None,
 ) -> tuple[Tensor, Tensor, Optional]:  # fmt: skip
-    """Compute the output, the moments, and renorm's r and d in one tensor."""
+    """Compute the output, the moments, and renorm's r and d in one tensor; move the averages."""
     assert native.library is not None
     dtype = wide(x)
     x, view = _seen(x, how.axes, how.virtual_batch_size)
@@ -231,9 +253,17 @@ def _compute_forward(
     given = [_kept(value, dtype) for value in (weight, bias, scale, shift, renorm_mean, renorm_stddev)]
     native.library.forward_at(
         torch.get_num_threads(), *view, TYPES[x.dtype], dtype == torch.float64, x.data_ptr(), y.data_ptr(),
-        how.epsilon, *map(_at, given), *limits, *_halves(moments), *_halves(correction),
+        how.epsilon, *map(_at, given), *limits, *_halves(moments), *_halves(correction), *_addresses(averages),
     )  # fmt: skip
     return y, moments, correction
+
+
+def _addresses(averages: Averages | None) -> tuple[Any, ...]:
+    """What the kernels are told of the averages; those of renorm they know already."""
+    if averages is None:
+        return 0, 0, 0.0, 0.0, 0.0
+    (mean, variance), momentum, bessel, _, renorm_momentum = averages
+    return _at(mean), _at(variance), momentum, bessel, renorm_momentum
 
 
 def _compute_backward(
@@ -313,25 +343,25 @@ def _shaped(gradient: Optional, value: Optional) -> Optional:
 
 class _Forward(Function):
     @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
-        x, weight, bias, scale, shift, _, _, _, ctx.how = arguments
-        y, moments, correction = _compute_forward(*arguments)
+    def forward(ctx: Any, *arguments: Any) -> Tensor:
+        x, weight, bias, scale, shift, _, _, _, ctx.how, _, kept = arguments
+        y, moments, correction = _compute_forward(*arguments[:-1])
+        kept.append(moments)  # and not a second output, of which the graph would have to know
         ctx.save_for_backward(x, weight, bias, scale, shift, moments, correction)
-        ctx.mark_non_differentiable(moments)
         ctx.set_materialize_grads(False)
-        return y, moments
+        return y
 
     @staticmethod
-    def backward(ctx: Any, dy: Optional, *_: Any) -> Any:
+    def backward(ctx: Any, dy: Optional) -> Any:
         if dy is None:
-            return (None,) * 9
+            return (None,) * 11
         tensors = ctx.saved_tensors
         differentiate: Any = _Backward.apply if torch.is_grad_enabled() else _compute_backward
         dx, dweight, dbias, dscale, dshift = differentiate(dy, *tensors, ctx.how)
         _, weight, bias, scale, shift, *_ = tensors
         return (
             dx, _shaped(dweight, weight), _shaped(dbias, bias), _shaped(dscale, scale), _shaped(dshift, shift),
-            None, None, None, None,
+            None, None, None, None, None, None,
         )  # fmt: skip
 
 

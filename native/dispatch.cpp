@@ -23,7 +23,8 @@ const Kernels& choose() {
       __builtin_cpu_supports("avx512vl") && allowed(kernels_avx512))
     return kernels_avx512;
   bool lesser = asked != nullptr && !std::strcmp(asked, "avx512");  // asked for, and not to be had
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && (lesser || allowed(kernels_avx2)))
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c") &&
+      (lesser || allowed(kernels_avx2)))
     return kernels_avx2;
 #endif
   return kernels_baseline;

@@ -123,37 +123,66 @@ struct Float64 {
   static void put(Stored* p, Value v) { store_bits(p, v); }
 };
 
+// 16-bit words to 32 bits and back, where compilers do not see that it is one instruction.
+Words lengthen(Halves h) {
+#if BATCHNORM_VECTOR_BYTES == 64
+  return same_bits<Words>(_mm512_cvtepu16_epi32(same_bits<__m256i>(h)));
+#elif BATCHNORM_VECTOR_BYTES == 32
+  return same_bits<Words>(_mm256_cvtepu16_epi32(same_bits<__m128i>(h)));
+#else
+  return __builtin_convertvector(h, Words);
+#endif
+}
+Halves shorten(Words u) {  // of words less than 2^16
+#if BATCHNORM_VECTOR_BYTES == 64
+  return same_bits<Halves>(_mm512_cvtepi32_epi16(same_bits<__m512i>(u)));
+#elif BATCHNORM_VECTOR_BYTES == 32
+  __m256i wide = same_bits<__m256i>(u);
+  return same_bits<Halves>(_mm256_castsi256_si128(_mm256_permute4x64_epi64(_mm256_packus_epi32(wide, wide), 0x08)));
+#else
+  return __builtin_convertvector(u, Halves);
+#endif
+}
+
 // A 16-bit type by its two conversions of whole vectors; single values go through the first element of one.
 template <class Conversion>
 struct Half {
   using Stored = uint16_t;
   using Value = float;
   using Vector = Floats;
-  static Vector load(const Stored* p) {
-    return Conversion::widen(__builtin_convertvector(load_bits<Halves>(p), Words));
-  }
-  static void store(Stored* p, Vector v) { store_bits(p, narrow(v)); }
-  static void stream(Stored* p, Vector v) { stream_bits(p, narrow(v)); }
-  static Halves narrow(Vector v) { return __builtin_convertvector(Conversion::narrow(same_bits<Words>(v)), Halves); }
-  static Value one(const Stored* p) { return Conversion::widen(Words{} + load_bits<Stored>(p))[0]; }
+  static Vector load(const Stored* p) { return Conversion::widen(load_bits<Halves>(p)); }
+  static void store(Stored* p, Vector v) { store_bits(p, Conversion::narrow(v)); }
+  static void stream(Stored* p, Vector v) { stream_bits(p, Conversion::narrow(v)); }
+  static Value one(const Stored* p) { return Conversion::widen(Halves{} + load_bits<Stored>(p))[0]; }
   static void put(Stored* p, Value v) {
     // Subtracting zero, not adding it, keeps the sign of −0.
-    store_bits(p, static_cast<Stored>(Conversion::narrow(same_bits<Words>(v - Floats{}))[0]));
+    store_bits(p, static_cast<Stored>(Conversion::narrow(v - Floats{})[0]));
   }
 };
 
 struct BFloat16Conversion {
-  static Floats widen(Words h) { return same_bits<Floats>(h << 16); }
-  static Words narrow(Words u) {  // to nearest, ties to even; NaN stays one
-    Words rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
-    Words nan = same_bits<Words>((u & 0x7fffffff) > 0x7f800000);
-    return choose(nan, (u >> 16) | 0x40, rounded) & 0xffff;
+  static Floats widen(Halves h) { return same_bits<Floats>(lengthen(h) << 16); }
+  static Halves narrow(Floats v) {  // to nearest, ties to even; NaN stays one
+    Words u = same_bits<Words>(v), rounded = u + 0x7fff + ((u >> 16) & 1);
+    Words nan = same_bits<Words>(v != v);
+    return shorten(choose(nan, u | 0x400000, rounded) >> 16);
   }
 };
 
 struct Float16Conversion {
-  static Floats widen(Words h) {
-    Words magnitude = h & 0x7fff, sign = (h & 0x8000) << 16;
+#if BATCHNORM_VECTOR_BYTES == 64
+  static Floats widen(Halves h) { return same_bits<Floats>(_mm512_cvtph_ps(same_bits<__m256i>(h))); }
+  static Halves narrow(Floats v) {
+    return same_bits<Halves>(_mm512_cvtps_ph(same_bits<__m512>(v), _MM_FROUND_TO_NEAREST_INT));
+  }
+#elif BATCHNORM_VECTOR_BYTES == 32
+  static Floats widen(Halves h) { return same_bits<Floats>(_mm256_cvtph_ps(same_bits<__m128i>(h))); }
+  static Halves narrow(Floats v) {
+    return same_bits<Halves>(_mm256_cvtps_ph(same_bits<__m256>(v), _MM_FROUND_TO_NEAREST_INT));
+  }
+#else
+  static Floats widen(Halves h) {
+    Words u = lengthen(h), magnitude = u & 0x7fff, sign = (u & 0x8000) << 16;
     // Subnormal numbers are multiples of 2^-24. No subnormal float is used on the way, for frameworks have processors
     // take those for 0.
     Words normal = (magnitude << 13) + 0x38000000;
@@ -162,15 +191,16 @@ struct Float16Conversion {
     Words special = (magnitude << 13) | 0x7f800000;
     return same_bits<Floats>(choose(same_bits<Words>(magnitude >= 0x7c00), special, finite) | sign);
   }
-  static Words narrow(Words u) {  // to nearest, ties to even; NaN stays one, what is too large becomes infinite
-    Words magnitude = u & 0x7fffffff, sign = (u & 0x80000000) >> 16;
+  static Halves narrow(Floats v) {  // to nearest, ties to even; NaN stays one, what is too large becomes infinite
+    Words u = same_bits<Words>(v), magnitude = u & 0x7fffffff, sign = (u & 0x80000000) >> 16;
     Words normal = (magnitude - 0x38000000 + 0xfff + ((magnitude >> 13) & 1)) >> 13;
     // Adding 0.5 lets the processor round a subnormal number at the right bit.
     Words small = same_bits<Words>(same_bits<Floats>(magnitude) + 0.5f) - 0x3f000000;
     Words large = choose(same_bits<Words>(magnitude > 0x7f800000), Words{} + 0x7e00, Words{} + 0x7c00);
     Words result = choose(same_bits<Words>(magnitude < 0x38800000), small, normal);
-    return choose(same_bits<Words>(magnitude >= 0x47800000), large, result) | sign;
+    return shorten(choose(same_bits<Words>(magnitude >= 0x47800000), large, result) | sign);
   }
+#endif
 };
 
 using BFloat16 = Half<BFloat16Conversion>;

@@ -31,7 +31,8 @@ SANITIZE := build/sanitize
 SANITIZE_SOURCES := native/test/sanitize.cpp native/averages.cpp native/dispatch.cpp native/memory.cpp native/threads.cpp
 SANITIZE_FLAGS := -std=c++17 -g -O1 -fno-omit-frame-pointer -Wall -Wextra -Wno-psabi -Wno-maybe-uninitialized -fno-math-errno -fno-trapping-math \
 	-Inative -pthread -DBATCHNORM_CHECKED
-SANITIZE_ISAS := $(shell grep -q avx512vl /proc/cpuinfo && echo avx512) \
+SANITIZE_ISAS := $(shell grep -q avx512_bf16 /proc/cpuinfo && echo avx512bf16) \
+	$(shell grep -q avx512vl /proc/cpuinfo && echo avx512) \
 	$(shell grep -q avx2 /proc/cpuinfo && echo avx2) baseline
 
 sanitize: $(SANITIZE)/memory $(SANITIZE)/races
@@ -49,8 +50,9 @@ $(SANITIZE)/memory $(SANITIZE)/races: $(SANITIZE_SOURCES) $(wildcard native/*.hp
 	isa() { compile -c native/isa.cpp -o $@.$$1.o -DBATCHNORM_ISA=$$1 -DBATCHNORM_VECTOR_BYTES=$$2 $$3; }; \
 	isa baseline 16 && objects=$@.baseline.o && if [ -n "$$x86" ]; then \
 		isa avx2 32 "-mavx2 -mfma -mf16c" && \
-		isa avx512 64 "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mf16c" && \
-		objects="$$objects $@.avx2.o $@.avx512.o -DBATCHNORM_X86"; \
+		avx512="-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mf16c" && \
+		isa avx512 64 "$$avx512" && isa avx512bf16 64 "$$avx512 -mavx512bf16" && \
+		objects="$$objects $@.avx2.o $@.avx512.o $@.avx512bf16.o -DBATCHNORM_X86 -DBATCHNORM_AVX512BF16"; \
 	fi && compile $$objects $(SANITIZE_SOURCES) -o $@
 
 clean:

@@ -10,22 +10,31 @@ extern const Kernels kernels_baseline;
 #ifdef BATCHNORM_X86
 extern const Kernels kernels_avx2;
 extern const Kernels kernels_avx512;
+#ifdef BATCHNORM_AVX512BF16
+extern const Kernels kernels_avx512bf16;
+#endif
 #endif
 
 namespace {
 
+// Best first. What is asked for is the first of those that may be taken.
 const Kernels& choose() {
   const char* asked = std::getenv("BATCHNORM_ISA");
-  auto allowed = [&](const Kernels& one) { return asked == nullptr || *asked == 0 || !std::strcmp(asked, one.name); };
+  bool reached = asked == nullptr || *asked == 0;
+  auto taken = [&](const Kernels& one, bool runs) {
+    reached = reached || !std::strcmp(asked, one.name);
+    return reached && runs;
+  };
 #ifdef BATCHNORM_X86
   __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-      __builtin_cpu_supports("avx512vl") && allowed(kernels_avx512))
-    return kernels_avx512;
-  bool lesser = asked != nullptr && !std::strcmp(asked, "avx512");  // asked for, and not to be had
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c") &&
-      (lesser || allowed(kernels_avx2)))
-    return kernels_avx2;
+  bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+#ifdef BATCHNORM_AVX512BF16
+  if (taken(kernels_avx512bf16, avx512 && __builtin_cpu_supports("avx512bf16"))) return kernels_avx512bf16;
+#endif
+  if (taken(kernels_avx512, avx512)) return kernels_avx512;
+  if (taken(kernels_avx2, avx2)) return kernels_avx2;
 #endif
   return kernels_baseline;
 }

@@ -129,8 +129,8 @@ struct Kernels {
   void (*gradient_combine)(const GradientCombine&);
 };
 
-// The best kernels that this processor can run. The environment variable BATCHNORM_ISA (avx512, avx2 or baseline) asks
-// for lesser ones.
+// The best kernels that this processor can run. The environment variable BATCHNORM_ISA (avx512bf16, avx512, avx2 or
+// baseline) asks for lesser ones.
 const Kernels& kernels();
 
 }  // namespace batchnorm

@@ -163,6 +163,11 @@ struct Half {
 struct BFloat16Conversion {
   static Floats widen(Halves h) { return same_bits<Floats>(lengthen(h) << 16); }
   static Halves narrow(Floats v) {  // to nearest, ties to even; NaN stays one
+#ifdef __AVX512BF16__
+    // The instruction takes subnormal numbers for 0.
+    if (_mm512_testn_epi32_mask(same_bits<__m512i>(v), _mm512_set1_epi32(0x7f800000)) == 0)
+      return same_bits<Halves>(_mm512_cvtneps_pbh(same_bits<__m512>(v)));
+#endif
     Words u = same_bits<Words>(v), rounded = u + 0x7fff + ((u >> 16) & 1);
     Words nan = same_bits<Words>(v != v);
     return shorten(choose(nan, u | 0x400000, rounded) >> 16);
@@ -309,43 +314,44 @@ template <class S>
 struct PastCaches {
   static void store(typename S::Stored* p, typename S::Vector v) { S::stream(p, v); }
 };
-template <class S>
-bool is_aligned(const typename S::Stored* p) {
-  return reinterpret_cast<uintptr_t>(p) % (W * sizeof *p) == 0;
-}
+// Only whole lines of the caches are worth it.
+constexpr int64_t LINE = 64;
+bool begins_line(const void* p) { return reinterpret_cast<uintptr_t>(p) % LINE == 0; }
 
 // Stores map(i), of the vector at i, or one(i), of a single value. What they read at i may lie where it is stored.
 template <class S, class Map, class One>
 void map_run(typename S::Stored* y, int64_t n, bool past, Map&& map, One&& one) {
   using V = typename S::Vector;
+  constexpr int64_t PER_LINE = LINE / sizeof(*y), UNIT = PER_LINE < W ? W : PER_LINE;
   if (n < W) {
     for (int64_t i = 0; i < n; i++) S::put(y + i, one(i));
     return;
   }
-  V last = map(n - W);  // before what it overlaps is written
-  auto from = [&](int64_t i, auto to) {
-    for (; i + WAYS * W <= n; i += WAYS * W) {
+  auto write = [&](int64_t i, int64_t end, auto to) {
+    for (; i + WAYS * W <= end; i += WAYS * W) {
       V v[WAYS];
       for (int k = 0; k < WAYS; k++) v[k] = map(i + k * W);
       for (int k = 0; k < WAYS; k++) to.store(y + i + k * W, v[k]);
     }
-    for (; i + W <= n; i += W) S::store(y + i, map(i));
+    for (; i + W <= end; i += W) to.store(y + i, map(i));
   };
-  int64_t skip = 0;
-  if (past && n >= 4 * WAYS * W)
-    while (skip < W && !is_aligned<S>(y + skip)) skip++;
-  else
-    skip = W;
-  if (skip < W) {
-    if (skip > 0) {
-      V first = map(0), second = map(skip);
-      S::store(y, first);
-      S::store(y + skip, second);
-      skip += W;
-    }
-    from(skip, PastCaches<S>{});
+  V last = map(n - W);  // before what it overlaps is written
+  int64_t first = 0, lines = 0;
+  if (past && n >= 4 * WAYS * W) {
+    while (first < PER_LINE && !begins_line(y + first)) first++;
+    if (first < PER_LINE) lines = (n - first - UNIT) / UNIT * UNIT;
+  }
+  if (lines == 0) {
+    write(0, n, ToCache<S>{});
   } else {
-    from(0, ToCache<S>{});
+    if (first > 0) {
+      if (first < W) first += UNIT, lines -= UNIT;
+      V before = map(first - W);
+      write(0, first, ToCache<S>{});
+      S::store(y + first - W, before);
+    }
+    write(first, first + lines, PastCaches<S>{});
+    write(first + lines, n, ToCache<S>{});
   }
   S::store(y + n - W, last);
 }
@@ -547,9 +553,9 @@ void map_rows(const typename S::Stored* const* const (&arrays)[N], typename S::S
         for (int64_t k = 0; k < rows.value; k++) how.store(to[k] + c, v[k]);
       }
     };
-    bool aligned = past;
-    for (int64_t k = 0; k < rows.value; k++) aligned = aligned && is_aligned<S>(to[k]);
-    if (aligned)
+    bool lines = past && features * static_cast<int64_t>(sizeof(*to[0])) % LINE == 0;
+    for (int64_t k = 0; k < rows.value; k++) lines = lines && begins_line(to[k]);
+    if (lines)
       all(PastCaches<S>{});
     else
       all(ToCache<S>{});

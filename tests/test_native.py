@@ -632,10 +632,12 @@ def instruction_sets() -> list[str]:
     except OSError:
         return ["baseline"]
     found = ["baseline"]
-    if {"avx2", "fma"} <= flags:
+    if {"avx2", "fma", "f16c"} <= flags:
         found.append("avx2")
     if {"avx512f", "avx512bw", "avx512dq", "avx512vl"} <= flags:
         found.append("avx512")
+        if "avx512_bf16" in flags:
+            found.append("avx512bf16")
     return found
 
 

@@ -25,7 +25,8 @@ library = _load()
 def instruction_set() -> str | None:
     """Name the instructions that the kernels use on this processor; None where there are no kernels.
 
-    The environment variable ``BATCHNORM_ISA`` (``avx512``, ``avx2`` or ``baseline``) asks for lesser ones.
+    The environment variable ``BATCHNORM_ISA`` (``avx512bf16``, ``avx512``, ``avx2`` or ``baseline``) asks for
+    lesser ones.
     """
     return None if library is None else str(library.instruction_set())
 

@@ -64,6 +64,8 @@ void drain_shared(void* data) {
 }
 
 class Pool {
+  static constexpr int SPINS = 2000;  // tens of microseconds
+
  public:
   explicit Pool(int workers) {
     threads_.reserve(static_cast<size_t>(workers));
@@ -96,7 +98,12 @@ class Pool {
     drain(task, context, tasks);
     std::unique_lock<std::mutex> lock(mutex_);
     task_ = nullptr;  // a worker that wakes only now has nothing to join
-    done_.wait(lock, [this] { return joined_ == 0; });
+    if (joined_.load() > 0) {  // for its last task: being woken would take longer than most of those
+      lock.unlock();
+      for (int spin = 0; spin < SPINS && joined_.load() > 0; spin++) pause();
+      lock.lock();
+    }
+    done_.wait(lock, [this] { return joined_.load() == 0; });
     if (std::exception_ptr failure = std::exchange(failure_, nullptr)) {
       lock.unlock();
       std::rethrow_exception(failure);
@@ -118,7 +125,7 @@ class Pool {
     uint64_t seen = 0;
     for (;;) {
       // A call has several phases, so the next one is likely to come within microseconds.
-      for (int spin = 0; spin < 2000 && generation_.load() == seen; spin++) pause();
+      for (int spin = 0; spin < SPINS && generation_.load() == seen; spin++) pause();
       std::unique_lock<std::mutex> lock(mutex_);
       wake_.wait(lock, [&] { return generation_.load() != seen; });
       seen = generation_.load();
@@ -127,11 +134,11 @@ class Pool {
       auto task = task_;
       auto context = context_;
       auto tasks = tasks_;
-      joined_++;
+      joined_.fetch_add(1);
       lock.unlock();
       drain(task, context, tasks);
       lock.lock();
-      if (--joined_ == 0) done_.notify_one();
+      if (joined_.fetch_sub(1) == 1) done_.notify_one();
     }
   }
 
@@ -143,7 +150,7 @@ class Pool {
   void (*task_)(void*, int64_t) = nullptr;
   void* context_ = nullptr;
   int64_t tasks_ = 0;
-  int joined_ = 0;
+  std::atomic<int> joined_{0};
   std::exception_ptr failure_;
   bool stopping_ = false;
 };

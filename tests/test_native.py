@@ -773,6 +773,46 @@ def test_a_few_wide_rows_need_no_memory_for_every_thread() -> None:
 # ---- What is taken and what is refused.
 
 
+# Larger than what caches are taken to keep, in runs and rows that end within lines of these.
+PAST_CACHES = [
+    View(11, 1, 1, 3, 250_007),
+    View(15, 1, 1, 2003, 301),
+    View(45, 1, 1, 40_009, 5),
+    View(130_003, 1, 1, 67, 1),
+    View(130_000, 13, 2, 64, 1),
+    View(2002, 1, 1, 4503, 1),
+]
+
+
+@pytest.mark.parametrize("view", PAST_CACHES)
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("begin", [0, 5])
+def test_large_results_are_whole_wherever_lines_begin_and_in_the_place_of_dy(
+    view: View, dtype: np.dtype[Any], begin: int
+) -> None:
+    def placed(values: Array) -> Array:
+        room = np.empty(view.size + begin + 64, dtype)
+        offset = -(room.ctypes.data // dtype.itemsize) % (64 // dtype.itemsize) + begin
+        room[offset : offset + view.size] = values
+        return room[offset : offset + view.size]
+
+    x, y, dx = (placed(drawn(view, dtype, seed)) for seed in (0, 0, 1))
+    dy = dx.copy()
+    wide = dtype == np.float64
+    mean, variance = (np.empty(view.statistics, np.float64 if wide else np.float32) for _ in range(2))
+    library.forward(
+        *view, raw(x), raw(y), EPSILON, *(None,) * 6, -np.inf, np.inf, np.inf, mean, variance, None, None
+    )  # fmt: skip
+    normalized = (apart(x, view) - along(mean, view)) / np.sqrt(along(variance, view) + EPSILON)
+    check(y, normalized, NEAR[dtype.name], 8.0)
+    library.backward_at(
+        2, *view, TYPES.index(dtype), wide, x.ctypes.data, dx.ctypes.data, dx.ctypes.data, EPSILON, mean.ctypes.data,
+        variance.ctypes.data, *(0,) * 9,
+    )  # fmt: skip
+    expected = backward(view, x.copy(), dy, Forward(y, mean, variance, None, None)).dx
+    assert dx.tobytes() == expected.tobytes()
+
+
 @settings(max_examples=30)
 @given(views(), types)
 def test_arrays_may_lie_anywhere_and_inputs_may_be_read_only(view: View, dtype: np.dtype[Any]) -> None:

@@ -1,4 +1,4 @@
-"""Measuring: contenders take turns, medians count, results are compared, and peaks of memory are read."""
+"""Measuring: contenders take turns in random order, medians count, results are compared, peaks of memory are read."""
 
 from __future__ import annotations
 
@@ -18,17 +18,21 @@ TOLERANCE = {"float32": 1e-3, "bfloat16": 4e-2}
 
 
 def times(contenders: list[Contender], seconds: float, least: int = 7, most: int = 200) -> list[float]:
-    """Median seconds of each contender over repetitions in which they take turns."""
+    """Median seconds of each contender over repetitions in which they take turns.
+
+    The order is drawn anew for each, since what ran before leaves its data in the caches.
+    """
     for contender in contenders:
         contender.run()
         contender.run()
+    order = np.random.default_rng(0)
     taken: list[list[float]] = [[] for _ in contenders]
     begin = time.perf_counter()
     while len(taken[0]) < least or (time.perf_counter() - begin < seconds and len(taken[0]) < most):
-        for contender, own in zip(contenders, taken, strict=True):
+        for turn in order.permutation(len(contenders)):
             start = time.perf_counter()
-            results = contender.run()
-            own.append(time.perf_counter() - start)
+            results = contenders[turn].run()
+            taken[turn].append(time.perf_counter() - start)
             del results
     return [statistics.median(own) for own in taken]
 

@@ -7,10 +7,10 @@
 namespace batchnorm {
 namespace {
 
-constexpr int64_t CACHE = 2 << 20;         // bytes of a block of features that should stay in a cache
-constexpr int64_t STRETCH = 64 * 1024;     // bytes that should be read side by side
-constexpr int64_t NARROW_STRETCH = 8192;   // the same where runs are shorter than a vector
-constexpr int64_t BURST = 1024;            // bytes of one place that are read before it is the next one's turn
+constexpr int64_t CACHE = 2 << 20;             // bytes of a block of features that should stay in a cache
+constexpr int64_t STRETCH = 64 * 1024;         // bytes that should be read side by side
+constexpr int64_t NARROW_STRETCH = 32 * 1024;  // the same where every value has coefficients of its own
+constexpr int64_t BURST = 1024;                // bytes of one place that are read before it is the next one's turn
 
 template <class S>
 class Inner {
@@ -130,8 +130,8 @@ class Inner {
   }
 
  private:
-  // Whether a run is shorter than a vector. Then rows are worked on as if every value were a feature.
-  static bool narrow(const View& v) { return v.inner < W; }
+  // Whether a run is shorter than two vectors. Then rows are worked on as if every value were a feature.
+  static bool narrow(const View& v) { return v.inner < 2 * W; }
 
   int64_t group_rows() const { return v.rows / v.groups; }
   int64_t offset(int64_t group, int64_t i, int64_t c) const {

@@ -30,6 +30,7 @@ OPTIONS = {
 }
 """The options that PyTorch's own layers do not have, with their defaults."""
 RENORM = ("renorm_mean", "renorm_stddev")
+UNLIMITED = Clipping()
 
 
 class Layer(_BatchNorm):
@@ -137,7 +138,7 @@ class Layer(_BatchNorm):
         momentum: float | Tensor = 0.0 if self.momentum is None else self.momentum
         if self.momentum is None and batches is not None:  # the plain average of all batches
             momentum = 1.0 / (batches + 1) if torch.compiler.is_compiling() else 1.0 / (float(batches) + 1)
-        renorm, clipping = None, Clipping()
+        renorm, clipping = None, UNLIMITED
         if self.training and self.renorm_mean is not None and self.renorm_stddev is not None and running[0] is not None:
             renorm, clipping = (self.renorm_mean, self.renorm_stddev), self._clipping()
         y, kernel = functional.normalize(

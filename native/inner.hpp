@@ -199,7 +199,7 @@ class Inner {
   template <int ARRAYS, class Add>
   void add_columns(const Stored* const (&arrays)[ARRAYS], int64_t group, int64_t c0, int64_t width, int64_t rows,
                    double* firsts, double* seconds, Add&& add) const {
-    auto [first, second] = column_sums;
+    double *first = column_sums[0], *second = column_sums[1];
     for (int64_t k = 0; k < width * v.inner; k++) first[k] = second[k] = 0;
     by_columns<ARRAYS>(arrays, group, c0, width, rows,
                        [&](auto& p, int64_t n, int64_t f) { add(p, n, f, first, second); });

@@ -29,8 +29,8 @@ format: .venv/.installed
 # than there is falls back on what is there.
 SANITIZE := build/sanitize
 SANITIZE_SOURCES := native/test/sanitize.cpp native/averages.cpp native/dispatch.cpp native/memory.cpp native/threads.cpp
-SANITIZE_FLAGS := -std=c++17 -g -O1 -fno-omit-frame-pointer -Wall -Wextra -Wno-psabi -Wno-maybe-uninitialized -fno-math-errno -fno-trapping-math \
-	-Inative -pthread -DBATCHNORM_CHECKED
+SANITIZE_FLAGS := -std=c++17 -g -O1 -fno-omit-frame-pointer -Wall -Wextra -Wno-psabi -Wno-maybe-uninitialized \
+	-fno-math-errno -fno-trapping-math -Inative -pthread -DBATCHNORM_CHECKED
 SANITIZE_ISAS := $(shell grep -q avx512_bf16 /proc/cpuinfo && echo avx512bf16) \
 	$(shell grep -q avx512vl /proc/cpuinfo && echo avx512) \
 	$(shell grep -q avx2 /proc/cpuinfo && echo avx2) baseline

@@ -210,7 +210,7 @@ class Inner {
   }
 
   const View& v;
-  bool past = exceeds_caches(v.size() * static_cast<int64_t>(sizeof(Stored)));  // so results go past the caches
+  bool past = goes_past_caches<Stored>(v);  // how results are written
   Vector* partial = nullptr;
   double* column_sums[2] = {};
   Value* columns[4] = {};

@@ -14,7 +14,7 @@ struct Rows {
   using Stored = typename S::Stored;
   using Value = typename S::Value;
   const View& v;
-  bool past = exceeds_caches(v.size() * static_cast<int64_t>(sizeof(Stored)));  // so results go past the caches
+  bool past = goes_past_caches<Stored>(v);  // how results are written
 
   int64_t group_rows() const { return v.rows / v.groups; }
   // At most ROWS, so that one block takes the rows that are left.

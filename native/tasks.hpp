@@ -22,6 +22,11 @@ void run_tasks(int64_t tasks, bool serial, F&& task) {
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+template <class Stored>
+bool goes_past_caches(const View& v) {
+  return exceeds_caches(v.size() * static_cast<int64_t>(sizeof(Stored)));
+}
+
 // Carve typed arrays out of one piece of scratch memory.
 class Carver {
  public:

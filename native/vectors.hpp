@@ -58,6 +58,7 @@ V same_bits(U u) {
   std::memcpy(&v, &u, sizeof v);
   return v;
 }
+
 // Stores past the caches, to memory; p must be aligned to V. `fence` comes after, before others may read it.
 #ifdef __SSE2__
 #if BATCHNORM_VECTOR_BYTES == 64
@@ -100,27 +101,19 @@ void fence() {}
 Words choose(Words mask, Words yes, Words no) { return (mask & yes) | (~mask & no); }
 
 // How a stored type is loaded and stored: Value is what arithmetic is in, Vector holds W of them.
-struct Float32 {
-  using Stored = float;
-  using Value = float;
-  using Vector = Floats;
+template <class T, class V>
+struct Whole {
+  using Stored = T;
+  using Value = T;
+  using Vector = V;
   static Vector load(const Stored* p) { return load_bits<Vector>(p); }
   static void store(Stored* p, Vector v) { store_bits(p, v); }
   static void stream(Stored* p, Vector v) { stream_bits(p, v); }
   static Value one(const Stored* p) { return load_bits<Value>(p); }
   static void put(Stored* p, Value v) { store_bits(p, v); }
 };
-
-struct Float64 {
-  using Stored = double;
-  using Value = double;
-  using Vector = Doubles;
-  static Vector load(const Stored* p) { return load_bits<Vector>(p); }
-  static void store(Stored* p, Vector v) { store_bits(p, v); }
-  static void stream(Stored* p, Vector v) { stream_bits(p, v); }
-  static Value one(const Stored* p) { return load_bits<Value>(p); }
-  static void put(Stored* p, Value v) { store_bits(p, v); }
-};
+using Float32 = Whole<float, Floats>;
+using Float64 = Whole<double, Doubles>;
 
 // 16-bit words to 32 bits and back, where compilers do not see that it is one instruction.
 Words lengthen(Halves h) {

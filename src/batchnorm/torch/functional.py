@@ -201,7 +201,7 @@ def normalize(
     if kernel == KERNEL:
         averages = None
         if taken and not mode.traced and not torch.is_tensor(momentum):
-            averages = native.Averages(running, momentum, count / (count - 1), renorm, renorm_momentum)
+            averages = native.Averages(running, momentum, count / (count - 1), renorm_momentum)
         y, both = native.forward(
             own,
             native.How(eps, axes, size),

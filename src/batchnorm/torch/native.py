@@ -64,12 +64,14 @@ class How(NamedTuple):
 
 
 class Averages(NamedTuple):
-    """What a training step moves, each by the weight of the new value; the variance by `bessel` times the batch's."""
+    """What a training step moves besides renorm's own averages, and the weights of the new values.
+
+    The variance moves to `bessel` times the batch's.
+    """
 
     running: tuple[Optional, Optional]
     momentum: float
     bessel: float
-    renorm: Pair | None
     renorm_momentum: float
 
 
@@ -262,8 +264,8 @@ def _addresses(averages: Averages | None) -> tuple[Any, ...]:
     """What the kernels are told of the averages; those of renorm they know already."""
     if averages is None:
         return 0, 0, 0.0, 0.0, 0.0
-    (mean, variance), momentum, bessel, _, renorm_momentum = averages
-    return _at(mean), _at(variance), momentum, bessel, renorm_momentum
+    (mean, variance), *numbers = averages
+    return _at(mean), _at(variance), *numbers
 
 
 def _compute_backward(

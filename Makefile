@@ -1,8 +1,9 @@
 # Each command makes .venv when needed, with the versions in constraints.txt.
 PYTHON ?= python3
 BIN := .venv/bin
+SOURCES := $(wildcard csrc/*.cpp csrc/*.hpp csrc/test/*.cpp)
 
-.PHONY: demo test lint bench format sanitize clean
+.PHONY: demo test lint bench format sanitize check-arm clean
 
 demo: .venv/.installed
 	$(BIN)/python -m batchnorm demo
@@ -14,26 +15,29 @@ lint: .venv/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(SOURCES)
 
 bench: .venv/.installed
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[bench]"
-	$(BIN)/python -m benchmarks tensorflow --update-readme
-	$(BIN)/python -m benchmarks pytorch --update-readme
+	for framework in tensorflow pytorch numpy; do $(BIN)/python -m benchmarks $$framework --update-docs || exit 1; done
 
 format: .venv/.installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(SOURCES)
 
 # The kernels under sanitizers, for each instruction set of this processor: memory and undefined behaviour on one thread
-# and on three, then several callers at once, and their races. SANITIZE_ISAS names the sets that are run; asking for more
-# than there is falls back on what is there.
+# and on three, then several callers at once, and their races. Scratch arrays are allocations of their own here, so that
+# the limits of each are watched. SANITIZE_ISAS names the sets that are run; asking for more than there is falls back on
+# what is there.
 SANITIZE := build/sanitize
-SANITIZE_SOURCES := native/test/sanitize.cpp native/averages.cpp native/dispatch.cpp native/memory.cpp native/threads.cpp
-SANITIZE_FLAGS := -std=c++17 -g -O1 -fno-omit-frame-pointer -Wall -Wextra -Wno-psabi -Wno-maybe-uninitialized \
-	-fno-math-errno -fno-trapping-math -Inative -pthread -DBATCHNORM_CHECKED
+SANITIZE_SOURCES := $(addprefix csrc/,test/sanitize.cpp averages.cpp dispatch.cpp memory.cpp threads.cpp)
+SANITIZE_FLAGS := -std=c++17 -Wall -Wextra -Wno-psabi -Wno-maybe-uninitialized -fno-math-errno \
+	-fno-trapping-math -Icsrc -pthread
 SANITIZE_ISAS := $(shell grep -q avx512_bf16 /proc/cpuinfo && echo avx512bf16) \
 	$(shell grep -q avx512vl /proc/cpuinfo && echo avx512) \
 	$(shell grep -q avx2 /proc/cpuinfo && echo avx2) baseline
+DEPENDENCIES := $(SANITIZE_SOURCES) $(wildcard csrc/*.hpp) csrc/instruction_set.cpp Makefile
 
 sanitize: $(SANITIZE)/memory $(SANITIZE)/races
 	for isa in $(SANITIZE_ISAS); do \
@@ -43,11 +47,11 @@ sanitize: $(SANITIZE)/memory $(SANITIZE)/races
 
 $(SANITIZE)/memory: SANITIZER := -fsanitize=address,undefined -fno-sanitize-recover=all
 $(SANITIZE)/races: SANITIZER := -fsanitize=thread
-$(SANITIZE)/memory $(SANITIZE)/races: $(SANITIZE_SOURCES) $(wildcard native/*.hpp) native/isa.cpp Makefile
+$(SANITIZE)/memory $(SANITIZE)/races: $(DEPENDENCIES)
 	mkdir -p $(SANITIZE)
 	x86="$$(uname -m | grep -x x86_64)"; \
-	compile() { $(CXX) $(SANITIZE_FLAGS) $(SANITIZER) "$$@"; }; \
-	isa() { compile -c native/isa.cpp -o $@.$$1.o -DBATCHNORM_ISA=$$1 -DBATCHNORM_VECTOR_BYTES=$$2 $$3; }; \
+	compile() { $(CXX) $(SANITIZE_FLAGS) -g -O1 -fno-omit-frame-pointer -DBATCHNORM_CHECKED $(SANITIZER) "$$@"; }; \
+	isa() { compile -c csrc/instruction_set.cpp -o $@.$$1.o -DBATCHNORM_ISA=$$1 -DBATCHNORM_VECTOR_BYTES=$$2 $$3; }; \
 	isa baseline 16 && objects=$@.baseline.o && if [ -n "$$x86" ]; then \
 		isa avx2 32 "-mavx2 -mfma -mf16c" && \
 		avx512="-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mf16c" && \
@@ -55,10 +59,24 @@ $(SANITIZE)/memory $(SANITIZE)/races: $(SANITIZE_SOURCES) $(wildcard native/*.hp
 		objects="$$objects $@.avx2.o $@.avx512.o $@.avx512bf16.o -DBATCHNORM_X86 -DBATCHNORM_AVX512BF16"; \
 	fi && compile $$objects $(SANITIZE_SOURCES) -o $@
 
+# The kernels for ARM, run by an emulator.
+ARM := aarch64-linux-gnu-g++
+check-arm: $(SANITIZE)/arm
+	qemu-aarch64 $(SANITIZE)/arm few
+	qemu-aarch64 $(SANITIZE)/arm threads
+
+$(SANITIZE)/arm: $(DEPENDENCIES)
+	@for tool in $(ARM) qemu-aarch64; do command -v $$tool > /dev/null || { \
+		echo "$$tool is missing: apt-get install g++-aarch64-linux-gnu qemu-user"; exit 1; }; done
+	mkdir -p $(SANITIZE)
+	$(ARM) $(SANITIZE_FLAGS) -O2 -static -DBATCHNORM_ISA=baseline -DBATCHNORM_VECTOR_BYTES=16 \
+		csrc/instruction_set.cpp $(SANITIZE_SOURCES) -o $@
+
 clean:
 	rm -rf .venv build dist
 
-.venv/.installed: pyproject.toml constraints.txt CMakeLists.txt $(wildcard native/*.cpp native/*.hpp)
+.venv/.installed: pyproject.toml constraints.txt CMakeLists.txt $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt \
+		--config-settings=cmake.define.BATCHNORM_WERROR=ON --editable ".[dev]"
 	touch $@

@@ -1,7 +1,8 @@
 """The whole layer once more, in float64 and with plain loops over samples and features: slow, and easy to check.
 
 NumPy only stores and indexes here. Statistics and parameters are kept by feature, a tuple with one index per feature
-axis, so that no line depends on the shapes that a checkpoint needs.
+axis, so that no line depends on the shapes that a checkpoint needs. Weights are any array that broadcasts to the input;
+what has weight 0 is never read into a sum.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -17,19 +18,45 @@ import numpy.typing as npt
 Array = npt.NDArray[Any]
 Feature = tuple[int, ...]
 Index = tuple[int, ...]
-Moments = dict[tuple[int, Feature], tuple[float, float]]
-"""Mean and biased variance by (group, feature)."""
 Corrections = dict[Feature, tuple[float, float]]
 """Batch renormalization's r and d by feature."""
 Pair = tuple[Array, Array]
 """An adjustment: scale and bias."""
 
 
+class Moments(NamedTuple):
+    """Mean, biased variance, and total Σw and Σw² of some values."""
+
+    mean: float
+    variance: float
+    total: float
+    squares: float
+
+    def unbiased(self) -> float:
+        """v·n/(n - 1) with n = (Σw)²/Σw², or v for one value and less."""
+        n = self.total**2 / self.squares if self.squares else 0.0
+        return self.variance * n / (n - 1) if n > 1 else self.variance
+
+
+Groups = dict[tuple[int, Feature], Moments]
+"""Moments by (group, feature)."""
+
+
+class Gradients(NamedTuple):
+    """Gradients for the input, by feature for the parameters, and for what the adjustment returned."""
+
+    x: Array
+    gamma: Array
+    beta: Array
+    adjustment: Pair | None
+
+
 @dataclasses.dataclass
 class Oracle:
     """One layer. `variables` holds an array of shape `sizes` for every variable, by name.
 
-    `bessel` stores n/(n - 1) times the variance, as the original does where it takes its fused path.
+    `bessel` stores the unbiased variance, each group's by its own n, as the original does where it is fused.
+    `masked` says what stands at positions of weight 0: the ``"normalized"`` value, or ``"zero"``.
     """
 
     sizes: tuple[int, ...]
@@ -45,6 +72,7 @@ class Oracle:
     virtual_batch_size: int | None = None
     adjustment: Callable[[tuple[int, ...]], tuple[Any, Any]] | None = None
     bessel: bool = False
+    masked: str = "normalized"
 
     @classmethod
     def build(
@@ -60,8 +88,8 @@ class Oracle:
     ) -> Oracle:
         """Make the layer for inputs of a shape; `initial` may hold gamma, beta, moving_mean and moving_variance."""
         given = axis if isinstance(axis, tuple) else (axis,)
-        axes = tuple(sorted(one + len(shape) if one < 0 else one for one in given))
-        sizes = tuple(shape[one] for one in axes)
+        axes = tuple(sorted(each + len(shape) if each < 0 else each for each in given))
+        sizes = tuple(shape[each] for each in axes)
         start = {"gamma": 1.0, "beta": 0.0, "moving_mean": 0.0, "moving_variance": 1.0, **(initial or {})}
         variables = {}
         for name, value in start.items():
@@ -90,16 +118,15 @@ class Oracle:
             shape.insert(1, 1)
         return tuple(shape)
 
-    def train(self, x: Array) -> Array:
+    def train(self, x: Array, weights: Array | None = None) -> Array:
         """Take one training step and return the output."""
         adjustment = self.adjust(x.shape)
-        moments = self.moments(x)
-        averages = self.averages(moments)
-        y = self.output(x, self.corrections(averages), adjustment)
-        self._update(averages, x)
+        groups = self.moments(x, weights)
+        y = self.output(x, self.corrections(self.averages(groups)), adjustment, weights)
+        self._update(groups)
         return y
 
-    def infer(self, x: Array) -> Array:
+    def infer(self, x: Array, weights: Array | None = None) -> Array:
         """Return the output of inference."""
         y = np.empty(x.shape)
         for index in np.ndindex(*x.shape):
@@ -107,31 +134,39 @@ class Oracle:
             mean = self.variables["moving_mean"][feature]
             variance = self.variables["moving_variance"][feature]
             y[index] = self._scale_and_center((float(x[index]) - mean) / math.sqrt(variance + self.epsilon), feature)
+            if self.masked == "zero" and weight(weights, index) == 0:
+                y[index] = 0.0
         return y
 
-    def moments(self, x: Array) -> Moments:
-        """Mean and biased variance of every group and feature that has values."""
-        values: dict[tuple[int, Feature], list[float]] = {}
+    def moments(self, x: Array, weights: Array | None = None) -> Groups:
+        """The moments of every group and feature; 0 and 0 where there is nothing but weight 0."""
+        values: dict[tuple[int, Feature], list[tuple[float, float]]] = {}
         for index in np.ndindex(*x.shape):
-            values.setdefault((self._group(index, x), self._feature(index)), []).append(float(x[index]))
-        moments = {}
+            some = values.setdefault((self._group(index, x), self._feature(index)), [])
+            if weight(weights, index) > 0:
+                some.append((weight(weights, index), float(x[index])))
+        groups = {}
         for key, some in values.items():
-            mean = math.fsum(some) / len(some)
-            moments[key] = (mean, math.fsum((value - mean) ** 2 for value in some) / len(some))
-        return moments
+            count = math.fsum(w for w, _ in some)
+            mean = math.fsum(w * value for w, value in some) / count if some else 0.0
+            variance = math.fsum(w * (value - mean) ** 2 for w, value in some) / count if some else 0.0
+            groups[key] = Moments(mean, variance, count, math.fsum(w * w for w, _ in some))
+        return groups
 
-    def averages(self, moments: Moments) -> dict[Feature, tuple[float, float]]:
-        """The means over the groups of their means and of their variances."""
-        by_feature: dict[Feature, list[tuple[float, float]]] = {}
-        for (_, feature), pair in moments.items():
-            by_feature.setdefault(feature, []).append(pair)
-        return {
-            feature: (
-                math.fsum(mean for mean, _ in pairs) / len(pairs),
-                math.fsum(variance for _, variance in pairs) / len(pairs),
+    def averages(self, groups: Groups, unbiased: bool = False) -> dict[Feature, tuple[float, float]]:
+        """The means over the groups of their means and of their variances, weighted by their counts."""
+        by_feature: dict[Feature, list[Moments]] = {}
+        for (_, feature), moments in groups.items():
+            by_feature.setdefault(feature, []).append(moments)
+        averages = {}
+        for feature, some in by_feature.items():
+            count = math.fsum(moments.total for moments in some) or 1.0
+            averages[feature] = (
+                math.fsum(moments.mean * moments.total for moments in some) / count,
+                math.fsum((moments.unbiased() if unbiased else moments.variance) * moments.total for moments in some)
+                / count,
             )
-            for feature, pairs in by_feature.items()
-        }
+        return averages
 
     def corrections(self, averages: Mapping[Feature, tuple[float, float]]) -> Corrections:
         """Batch renormalization's r and d from the averages of before this step; 1 and 0 without it."""
@@ -160,23 +195,76 @@ class Oracle:
         scale, bias = self.adjustment(shape)
         return np.asarray(scale, np.float64), np.asarray(bias, np.float64)
 
-    def output(self, x: Array, corrections: Corrections, adjustment: Pair | None) -> Array:
+    def output(
+        self, x: Array, corrections: Corrections, adjustment: Pair | None, weights: Array | None = None
+    ) -> Array:
         """The output of training, where r and d are given and thus constant, as they are to the gradient."""
-        moments = self.moments(x)
+        groups = self.moments(x, weights)
         y = np.empty(x.shape)
         for index in np.ndindex(*x.shape):
             feature = self._feature(index)
-            mean, variance = moments[self._group(index, x), feature]
+            mean, variance, *_ = groups[self._group(index, x), feature]
             r, d = corrections[feature]
             value = (float(x[index]) - mean) / math.sqrt(variance + self.epsilon) * r + d
             if adjustment is not None:
                 scale, bias = adjustment
                 value = value * broadcast(scale, index) + broadcast(bias, index)
             y[index] = self._scale_and_center(value, feature)
+            if self.masked == "zero" and weight(weights, index) == 0:
+                y[index] = 0.0
         return y
 
-    def _update(self, averages: Mapping[Feature, tuple[float, float]], x: Array) -> None:
+    def gradients(
+        self, x: Array, dy: Array, corrections: Corrections, adjustment: Pair | None, weights: Array | None = None
+    ) -> Gradients:
+        """The gradients of Σdy·y in training, by the formulas for weights.
+
+        Where the output is zeroed dy is 0, and x - m is 0 wherever the weight is. So these are the derivatives, but
+        where dy is not 0 at a normalized value of weight 0.
+        """
+        groups = self.moments(x, weights)
+        first, second = dict.fromkeys(groups, 0.0), dict.fromkeys(groups, 0.0)
+        inner = np.zeros(x.shape)
+        dx, dgamma, dbeta = np.zeros(x.shape), np.zeros(self.sizes), np.zeros(self.sizes)
+        pair: Pair | None = None
+        if adjustment is not None:
+            pair = np.zeros(adjustment[0].shape), np.zeros(adjustment[1].shape)
+        for index in np.ndindex(*x.shape):
+            feature = self._feature(index)
+            key = self._group(index, x), feature
+            mean, variance, *_ = groups[key]
+            r, d = corrections[feature]
+            live = weight(weights, index) > 0
+            up = 0.0 if self.masked == "zero" and not live else float(dy[index])
+            centered = float(x[index]) - mean if live else 0.0
+            normalized = centered / math.sqrt(variance + self.epsilon) * r + d
+            gamma = float(self.variables["gamma"][feature]) if "gamma" in self.variables else 1.0
+            factor, shift = (1.0, 0.0) if adjustment is None else (broadcast(value, index) for value in adjustment)
+            dbeta[feature] += up
+            dgamma[feature] += up * (normalized * factor + shift)
+            if adjustment is not None and pair is not None:
+                pair[0][place(adjustment[0], index)] += up * gamma * normalized
+                pair[1][place(adjustment[1], index)] += up * gamma
+            inner[index] = up * factor * gamma * r
+            first[key] += float(inner[index])
+            second[key] += float(inner[index]) * centered
+        for index in np.ndindex(*x.shape):
+            key = self._group(index, x), self._feature(index)
+            mean, variance, count, _ = groups[key]
+            square = variance + self.epsilon
+            dx[index] = inner[index] / math.sqrt(square)
+            w = weight(weights, index)
+            if w > 0:
+                through = (float(x[index]) - mean) * second[key] / square + first[key]
+                dx[index] -= w * through / (count * math.sqrt(square))
+        return Gradients(dx, dgamma, dbeta, pair)
+
+    def _update(self, groups: Groups) -> None:
+        averages = self.averages(groups)
+        stored = self.averages(groups, self.bessel)
         for feature, (mean, variance) in averages.items():
+            if not any(moments.total for (_, other), moments in groups.items() if other == feature):
+                continue
             sigma = math.sqrt(variance + self.epsilon)
             self._move("moving_mean", feature, mean, self.momentum)
             if self.renorm:
@@ -186,9 +274,7 @@ class Oracle:
                 stddev = self.variables["moving_stddev"][feature]
                 self.variables["moving_variance"][feature] = max(0.0, stddev * stddev - self.epsilon)
             else:
-                count = sum(1 for index in np.ndindex(*x.shape) if self._feature(index) == feature)
-                stored = variance * count / (count - 1) if self.bessel and count > 1 else variance
-                self._move("moving_variance", feature, stored, self.momentum)
+                self._move("moving_variance", feature, stored[feature][1], self.momentum)
 
     def _move(self, name: str, feature: Feature, new: float, decay: float) -> None:
         old = float(self.variables[name][feature])
@@ -207,16 +293,23 @@ class Oracle:
     def _group(self, index: Index, x: Array) -> int:
         if self.virtual_batch_size is None:
             return 0
-        groups, left = divmod(x.shape[0], self.virtual_batch_size)
-        if left:
-            raise ValueError(f"{x.shape[0]} samples do not divide by {self.virtual_batch_size}")
-        return int(index[0] % groups)
+        return int(index[0] % math.ceil(x.shape[0] / self.virtual_batch_size))
+
+
+def weight(weights: Array | None, index: Index) -> float:
+    """The weight of the value at an index of the input."""
+    return 1.0 if weights is None else broadcast(weights, index)
+
+
+def place(value: Array, index: Index) -> Index:
+    """Where in `value` broadcasting looks for an index of the input."""
+    own = index[len(index) - value.ndim :]
+    return tuple(0 if size == 1 else i for i, size in zip(own, value.shape, strict=True))
 
 
 def broadcast(value: Array, index: Index) -> float:
     """The element of `value` that broadcasting puts at an index of the input."""
-    own = index[len(index) - value.ndim :]
-    return float(value[tuple(0 if size == 1 else i for i, size in zip(own, value.shape, strict=True))])
+    return float(value[place(value, index)])
 
 
 def differences(function: Callable[[Array], float], at: Array, step: float = 1e-5) -> Array:

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 import batchnorm
-from batchnorm import native
+from batchnorm import cpu
 from batchnorm.info import OPTIONS
 
 
@@ -16,19 +16,20 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-m", "batchnorm", *arguments], capture_output=True, text=True, check=False)
 
 
+@pytest.mark.slow
 def test_info_tells_versions_frameworks_threads_and_who_serves_what() -> None:
     done = run("info")
     assert done.returncode == 0, done.stderr
     assert f"batchnorm {batchnorm.__version__}" in done.stdout
     assert "tensorflow 2." in done.stdout
     assert "torch 2." in done.stdout
-    assert f"native kernels: {native.instruction_set()}, {native.num_threads()} threads" in done.stdout
+    assert f"CPU kernels: {cpu.instruction_set()}, {cpu.num_threads()} threads" in done.stdout
     found = done.stdout.splitlines()
     for framework in ("NumPy", "TensorFlow", "PyTorch"):
         begin = next(at for at, line in enumerate(found) if line.startswith(framework))
         served = dict(line.strip().split("  ", 1) for line in found[begin + 1 : begin + 1 + len(OPTIONS)])
         assert set(served) == set(OPTIONS)
-        assert served["renorm"].split()[0] == "native"
+        assert served["renorm"].split()[0] == "cpu"
         assert served["fused=False"].split() == ["composed", "composed"]
 
 

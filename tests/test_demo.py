@@ -160,6 +160,7 @@ def _small(monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
+@pytest.mark.slow
 @each_framework
 def test_a_tiny_run_draws_a_figure(
     framework: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -181,6 +182,7 @@ def _method(name: str, steps: int) -> Experiment:
     return dataclasses.replace(found[0], steps=steps, evaluations=steps)
 
 
+@pytest.mark.slow
 @each_framework
 @pytest.mark.parametrize("method", ["batch norm", "adjustment"])
 def test_the_same_seed_gives_the_same_run_and_another_does_not(method: str, framework: str) -> None:
@@ -194,6 +196,7 @@ def test_the_same_seed_gives_the_same_run_and_another_does_not(method: str, fram
     assert sum(done) == 6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", [name for name in report.COLOURS if name != "adjustment"])
 def test_the_experiments_are_the_same_in_every_framework(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Weights are of one distribution, and training from the same weights on the same batches is the same.

@@ -64,6 +64,7 @@ def test_a_script_has_its_lines_where_the_document_has_them() -> None:
     assert script(text).splitlines() == ["", "", "", "x = 1", "", "", "", "", "", "", "", "y = x", "1 / 0"]
 
 
+@pytest.mark.slow
 @by_name
 def test_python_runs_as_printed(path: Path, tmp_path: Path) -> None:
     """One process for each document, for some of what they show holds for a whole process; warnings are errors."""

@@ -8,7 +8,7 @@ Import the layer in the dialect of your framework::
 This module itself imports no framework.
 """
 
-from .native import num_threads, set_num_threads
+from .cpu import num_threads, set_num_threads
 
 __all__ = ["__version__", "num_threads", "set_num_threads"]
 

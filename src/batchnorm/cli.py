@@ -1,4 +1,4 @@
-"""The command line: run a TensorFlow 1 script with the layer restored, show the layer at work, help a bug report."""
+"""The command line: run a TensorFlow 1 script with the layer back in place, show it at work, help a bug report."""
 
 from __future__ import annotations
 
@@ -49,13 +49,13 @@ def _run(script: str, arguments: list[str]) -> int:
         print(f"batchnorm run: no script at {script!r}", file=sys.stderr)
         return 2
     try:
-        from .tensorflow import restore
+        from .tensorflow import install
     except ModuleNotFoundError as error:
         if error.name != "tensorflow":
             raise
         print('batchnorm run needs TensorFlow: pip install "batchnorm[tensorflow]"', file=sys.stderr)
         return 2
-    restore()
+    install()
     sys.argv = [script, *arguments]
     sys.path.insert(0, os.path.dirname(os.path.abspath(script)))
     runpy.run_path(script, run_name="__main__")

@@ -9,7 +9,7 @@ import platform
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from . import __version__, native
+from . import __version__, cpu
 
 __all__ = ["lines"]
 
@@ -33,14 +33,14 @@ def lines() -> Iterator[str]:
             yield f"{name} {importlib.metadata.version(name)}"
         except importlib.metadata.PackageNotFoundError:
             continue
-    if native.library is None:
-        yield "native kernels: not built; the composed path serves everything"
+    if cpu.library is None:
+        yield "CPU kernels: not built; the composed path serves everything"
     else:
         variables = [
             f"{name}={os.environ[name]}" for name in ("OMP_NUM_THREADS", "BATCHNORM_ISA") if name in os.environ
         ]
         told = f" ({', '.join(variables)})" if variables else ""
-        yield f"native kernels: {native.instruction_set()}, {native.num_threads()} threads{told}"
+        yield f"CPU kernels: {cpu.instruction_set()}, {cpu.num_threads()} threads{told}"
     yield from _served("NumPy", _numpy_kernel)
     if importlib.util.find_spec("tensorflow") is not None:
         yield from _served("TensorFlow", _tensorflow_kernel)

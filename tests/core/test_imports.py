@@ -1,4 +1,4 @@
-"""Who may import whom."""
+"""Who may import whom, and who does arithmetic."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def strangers(path: Path, *allowed: str) -> set[str]:
         name
         for name in imported(path)
         if name.split(".")[0] not in sys.stdlib_module_names
-        and not any(name == one or name.startswith(f"{one}.") for one in allowed)
+        and not any(name == module or name.startswith(f"{module}.") for module in allowed)
     }
 
 
@@ -43,26 +43,25 @@ def files(folder: str) -> list[Path]:
     return sorted((ROOT / folder).rglob("*.py"))
 
 
+SURFACES = ("numpy", "tensorflow", "torch")
+
+
 def test_there_are_files_to_look_at() -> None:
-    assert {path.name for path in files("core")} >= {
-        "algebra.py",
-        "geometry.py",
-        "kernels.py",
-        "options.py",
-        "state.py",
+    expected = {
+        "core": {"algebra.py", "geometry.py", "normalize.py", "options.py", "passes.py", "state.py"},
+        "numpy": {"compute.py", "layer.py", "namespace.py"},
+        "tensorflow": {"base.py", "compute.py", "installing.py", "layer.py", "namespace.py", "operations.py"},
+        "torch": {"autograd.py", "cpu.py", "functional.py", "layout.py", "modules.py", "namespace.py", "operators.py"},
     }
-    assert {path.name for path in files("tensorflow")} >= {"layer.py", "namespace.py", "normalization.py"}
-    assert {path.name for path in files("torch")} >= {"functional.py", "modules.py", "native.py"}
+    for folder, names in expected.items():
+        assert {path.name for path in files(folder)} >= names
 
 
 def test_imports_are_found_by_their_absolute_names() -> None:
-    assert {"tensorflow", "batchnorm.core.options", "batchnorm.tensorflow.layer"} <= imported(
-        ROOT / "tensorflow" / "normalization.py"
-    )
-    assert {"batchnorm.core.algebra", "batchnorm.core", "numpy"} & imported(ROOT / "numpy.py") >= {
-        "batchnorm.core.algebra",
-        "numpy",
-    }
+    found = imported(ROOT / "tensorflow" / "compute.py")
+    assert {"tensorflow", "batchnorm.core", "batchnorm.core.options", "batchnorm.tensorflow.namespace"} <= found
+    found = imported(ROOT / "numpy" / "compute.py")
+    assert {"numpy", "batchnorm", "batchnorm.core", "batchnorm.core.algebra"} <= found
 
 
 @pytest.mark.parametrize("path", files("core"), ids=lambda path: path.name)
@@ -70,31 +69,84 @@ def test_core_imports_the_standard_library_and_itself(path: Path) -> None:
     assert strangers(path, "batchnorm.core") == set()
 
 
-def test_the_numpy_layer_imports_numpy_and_core() -> None:
-    assert strangers(ROOT / "numpy.py", "numpy", "batchnorm", "batchnorm.core", "batchnorm.native") == set()
+@pytest.mark.parametrize("path", files("numpy"), ids=lambda path: path.name)
+def test_the_numpy_layer_imports_numpy_core_and_itself(path: Path) -> None:
+    assert strangers(path, "numpy", "batchnorm.core", "batchnorm.cpu", "batchnorm.numpy") <= {"batchnorm"}
 
 
 @pytest.mark.parametrize("path", files("tensorflow"), ids=lambda path: path.name)
 def test_the_tensorflow_layer_imports_tensorflow_core_and_itself(path: Path) -> None:
-    assert (
-        strangers(
-            path, "tensorflow", "numpy", "batchnorm", "batchnorm.core", "batchnorm.native", "batchnorm.tensorflow"
-        )
-        == set()
-    )
+    own = ("tensorflow", "numpy", "batchnorm.core", "batchnorm.cpu", "batchnorm.tensorflow")
+    assert strangers(path, *own) <= {"batchnorm"}
 
 
 @pytest.mark.parametrize("path", files("torch"), ids=lambda path: path.name)
 def test_the_pytorch_layer_imports_pytorch_core_and_itself(path: Path) -> None:
-    assert strangers(path, "torch", "batchnorm.core", "batchnorm.native", "batchnorm.torch") == set()
+    assert strangers(path, "torch", "batchnorm.core", "batchnorm.cpu", "batchnorm.torch") <= {"batchnorm"}
 
 
-def test_the_package_itself_imports_nothing_but_the_native_kernels() -> None:
-    assert strangers(ROOT / "__init__.py", "batchnorm.native") == set()
-    assert strangers(ROOT / "native.py") == set()
+def test_the_package_itself_imports_nothing_but_the_cpu_kernels() -> None:
+    assert strangers(ROOT / "__init__.py", "batchnorm.cpu") == set()
+    assert strangers(ROOT / "cpu.py", "batchnorm.core") == set()
 
 
-@pytest.mark.parametrize("module", ["batchnorm", "batchnorm.core.kernels", "batchnorm.numpy"])
+ARITHMETIC = {
+    "sum", "mean", "var", "std", "sqrt", "rsqrt", "reduce_sum", "reduce_mean", "reduce_variance", "moments", "var_mean",
+    "lerp_", "square", "pow",
+}  # fmt: skip
+"""What core alone calls, over the namespace that it is given."""
+
+
+def arithmetic(tree: ast.AST) -> list[str]:
+    """Find calls that sum, average or take roots, and powers of one half, with their lines."""
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call):
+            name = getattr(node.func, "attr", getattr(node.func, "id", ""))
+            if name in ARITHMETIC:
+                found.append(f"{name} in line {node.lineno}")
+        elif isinstance(node, (ast.BinOp, ast.AugAssign)) and isinstance(node.op, ast.Pow):
+            power = node.right if isinstance(node, ast.BinOp) else node.value
+            if isinstance(power, ast.UnaryOp):
+                power = power.operand
+            if isinstance(power, ast.Constant) and power.value == 0.5:
+                found.append(f"** 0.5 in line {node.lineno}")
+    return found
+
+
+@pytest.mark.parametrize(
+    "text",
+    [f"x.{name}(0)" for name in sorted(ARITHMETIC)]
+    + [f"torch.{name}(x, dim=0)" for name in sorted(ARITHMETIC)]
+    + [f"y = [{name}(x) for x in batch]" for name in sorted(ARITHMETIC)]
+    + ["sigma = (v + epsilon) ** 0.5", "def f(v):\n    return 2 * v**-0.5", "v **= 0.5", "tf.nn.moments(x, [0])"],
+)
+def test_arithmetic_is_found_wherever_it_is(text: str) -> None:
+    assert len(arithmetic(ast.parse(text))) == 1
+
+
+@pytest.mark.parametrize(
+    "text", ["x.summary()", "mean = variance", "x**2", "x * 0.5", "v1.nn.fused_batch_norm(x)", "xp.sqrt"]
+)
+def test_what_is_none_is_not(text: str) -> None:
+    assert arithmetic(ast.parse(text)) == []
+
+
+def test_core_is_where_arithmetic_is() -> None:
+    found = {path.name for path in files("core") if arithmetic(ast.parse(path.read_text(encoding="utf-8")))}
+    assert found >= {"algebra.py", "passes.py", "normalize.py"}
+
+
+@pytest.mark.parametrize(
+    "path",
+    [path for folder in SURFACES for path in files(folder) if path.name != "namespace.py"],
+    ids=lambda path: f"{path.parent.name}/{path.name}",
+)
+def test_no_framework_s_folder_sums_averages_or_takes_roots_of_a_batch(path: Path) -> None:
+    assert arithmetic(ast.parse(path.read_text(encoding="utf-8"))) == []
+
+
+@pytest.mark.parametrize("module", ["batchnorm", "batchnorm.core.normalize", "batchnorm.numpy"])
 def test_importing_a_module_without_a_framework_loads_none(module: str) -> None:
     code = f"import sys, {module}; print(*sorted({{name.split('.')[0] for name in sys.modules}}))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from batchnorm.core.options import Clipping, Options, received, scalar
+from batchnorm.core.options import Clipping, Options, pair, received, scalar, small_number, weight
 
 FIELDS = {"momentum": "decay", "renorm_momentum": "renorm_decay"}
 """The fields of `Options` whose names are not those of the layer's arguments."""
@@ -48,6 +48,7 @@ BAD: list[tuple[str, Any, type[Exception]]] = [
     ("epsilon", -1e-3, ValueError),
     ("epsilon", math.nan, ValueError),
     ("epsilon", -math.inf, ValueError),
+    ("epsilon", math.inf, ValueError),
     ("epsilon", np.float32(-1), ValueError),
     ("renorm_clipping", "rmin", TypeError),
     ("renorm_clipping", [("rmin", 1)], TypeError),
@@ -79,7 +80,7 @@ for _name in ("momentum", "renorm_momentum", "epsilon"):
         (_name, [0.9], TypeError),
         (_name, np.array([0.9]), TypeError),
     ]
-for _name in ("center", "scale", "renorm", "fused"):
+for _name in ("center", "scale", "renorm", "fused", "cumulative"):
     BAD += [
         (_name, "True", TypeError),
         (_name, 2, TypeError),
@@ -88,7 +89,7 @@ for _name in ("center", "scale", "renorm", "fused"):
         (_name, [], TypeError),
         (_name, np.array([True]), TypeError),
     ]
-for _name in ("center", "scale", "renorm"):
+for _name in ("center", "scale", "renorm", "cumulative"):
     BAD.append((_name, None, TypeError))
 
 
@@ -153,11 +154,11 @@ def test_every_option_has_a_bad_value_in_the_table() -> None:
 def test_an_axis_is_kept_as_python_ints(axis: Any, kept: Any) -> None:
     options = Options(axis=axis)
     assert options.axis == kept
-    for one in options.axis if isinstance(options.axis, tuple) else (options.axis,):
-        assert type(one) is int
+    for axis in options.axis if isinstance(options.axis, tuple) else (options.axis,):
+        assert type(axis) is int
 
 
-@pytest.mark.parametrize("name", ["center", "scale", "renorm", "fused"])
+@pytest.mark.parametrize("name", ["center", "scale", "renorm", "fused", "cumulative"])
 @pytest.mark.parametrize("value", [True, False, 1, 0, np.True_, np.False_, np.int64(1), np.uint8(0)])
 def test_a_flag_is_kept_as_a_python_bool(name: str, value: Any) -> None:
     assert getattr(options(name, value), name) is bool(value)
@@ -194,6 +195,36 @@ def test_a_scalar_whose_value_is_not_known_yet_is_taken_as_it_is() -> None:
 
     for value in (Symbol(), Unranked()):
         assert scalar("momentum", value, 0, 1, "in [0, 1]") is value
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.25, 1.0, np.float64(0.5), Fraction(1, 4)])
+def test_a_rate_is_the_weight_of_the_new_value(decay: Any) -> None:
+    options = Options(decay=decay, renorm_decay=1 - decay)
+    assert options.rate == 1 - decay
+    assert options.renorm_rate == decay
+
+
+@pytest.mark.parametrize("name", ["momentum", "eps", "anything"])
+def test_a_weight_and_a_small_number_are_checked_under_any_name(name: str) -> None:
+    assert weight(name, 0.25) == small_number(name, 0.25) == 0.25
+    for check, bad in ((weight, 1.5), (weight, -0.5), (small_number, -0.5), (small_number, math.inf)):
+        with pytest.raises(ValueError, match=f"^{name} must be .*{bad}"):
+            check(name, bad)
+    for check in (weight, small_number):
+        with pytest.raises(TypeError, match=f"^{name} must be .*'0.5'"):
+            check(name, "0.5")
+
+
+@pytest.mark.parametrize("adjusted", [1.0, None, (), (1.0,), (1.0, 0.0, 0.0), "ab", {1: 2, 3: 4}], ids=repr)
+def test_what_an_adjustment_returns_must_be_a_pair(adjusted: Any) -> None:
+    with pytest.raises(ValueError, match=r"^adjustment must return a pair") as caught:
+        pair(adjusted)
+    assert repr(adjusted) in str(caught.value)
+
+
+def test_a_pair_may_be_a_tuple_or_a_list_of_anything() -> None:
+    scale, bias = object(), None
+    assert pair((scale, bias)) == pair([scale, bias]) == (scale, bias)
 
 
 @pytest.mark.parametrize("value", [0, 0.0, 1e-12, 1e-3, 5, np.float64(1e-5), np.float32(0)])
@@ -251,6 +282,7 @@ def test_options_are_as_the_original_has_them_by_default_and_cannot_be_changed()
         fused=None,
         virtual_batch_size=None,
         adjustment=None,
+        cumulative=False,
     )
     with pytest.raises(AttributeError):
         options.center = False  # type: ignore[misc]

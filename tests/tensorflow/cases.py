@@ -47,7 +47,8 @@ class Case:
             tuple(axis) if isinstance(axis, list) else axis,
             virtual_batch_size=self.options.get("virtual_batch_size"),
         )
-        least = min(variance for _, variance in oracle.moments(np.asarray(batches[step], np.float64)).values())
+        groups = oracle.moments(np.asarray(batches[step], np.float64))
+        least = min(moments.variance for moments in groups.values())
         return math.sqrt(least + epsilon)
 
     def adjustments(self) -> tuple[Any, Any] | None:

@@ -321,6 +321,7 @@ def test_the_example_of_the_page_runs_as_printed() -> None:
         assert changed == [True] * len(changed)
 
 
+@pytest.mark.slow
 def test_a_model_of_layers_is_traced_by_functions() -> None:
     class Model(ours.Layer):
         def __init__(self) -> None:

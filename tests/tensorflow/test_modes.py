@@ -52,9 +52,10 @@ def test_functions_equal_eager_execution(options: dict[str, Any], compiled: bool
     expected, variables = eager_results(options)
     assert_close(outputs, expected)
     assert_close(layer.variables, variables)
-    assert (served == "native") == (not compiled and options.get("fused") is not False)
+    assert (served == "cpu") == (not compiled and options.get("fused") is not False)
 
 
+@pytest.mark.slow
 @every_option
 def test_exported_inference_needs_no_operation_but_tensorflow_s_own(
     options: dict[str, Any], tmp_path: pathlib.Path
@@ -109,6 +110,7 @@ def test_gradients_in_xla_equal_eager_ones(options: dict[str, Any]) -> None:
         np.testing.assert_allclose(one, other, rtol=0, atol=2e-4 * max(1.0, float(np.abs(other).max())))
 
 
+@pytest.mark.slow
 @every_option
 def test_saved_models_train_and_infer_like_the_layer(options: dict[str, Any], tmp_path: pathlib.Path) -> None:
     class Model(tf.Module):
@@ -149,6 +151,7 @@ def test_checkpoints_of_modules_restore_before_and_after_building(
         assert_close(other.variables, layer.variables)
 
 
+@pytest.mark.slow
 @every_option
 @pytest.mark.parametrize("built_by", ["scope", "replicas"])
 def test_replicas_keep_their_own_statistics_and_share_parameters(options: dict[str, Any], built_by: str) -> None:
@@ -215,7 +218,7 @@ def test_wrapped_functions_find_updates_and_penalties_in_collections() -> None:
     assert moved["moving_mean:0"] == [1.0]
 
 
-@pytest.mark.parametrize("fused", [None, False], ids=["native", "composed"])
+@pytest.mark.parametrize("fused", [None, False], ids=["cpu", "composed"])
 @pytest.mark.parametrize(
     "options",
     [
@@ -248,7 +251,7 @@ def test_second_derivatives_are_right(options: dict[str, Any], fused: bool | Non
         step[at] = 1e-5
         difference = np.sum(weights * (gradient(tf.constant(x + step)) - gradient(tf.constant(x - step)))) / 2e-5
         np.testing.assert_allclose(second[at], difference, rtol=1e-4, atol=1e-6)
-    assert layer.kernel == ("composed" if fused is False else "native")
+    assert layer.kernel == ("composed" if fused is False else "cpu")
 
 
 def test_second_derivatives_reach_the_parameters_too() -> None:
@@ -314,7 +317,7 @@ import numpy as np
 import tensorflow.compat.v1 as tf
 import batchnorm.tensorflow
 tf.disable_v2_behavior()
-batchnorm.tensorflow.restore()
+batchnorm.tensorflow.install()
 
 for options in OPTIONS:
     tf.reset_default_graph()
@@ -336,6 +339,7 @@ for options in OPTIONS:
 """
 
 
+@pytest.mark.slow
 def test_reference_variables_without_tf_keras_equal_eager_execution(tmp_path: pathlib.Path) -> None:
     """TensorFlow 1 behavior holds for a whole process, so this runs in one of its own."""
     options = [one for one in OPTIONS if "adjustment" not in one]

@@ -7,19 +7,20 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 
-from batchnorm.tensorflow import BatchNormalization, native
+from batchnorm.tensorflow import BatchNormalization, operations
 
 from .cases import Case, assert_same, cases, run
 
 
-@pytest.mark.parametrize("kernels", ["native", "stock"])
+@pytest.mark.slow
+@pytest.mark.parametrize("kernels", ["cpu", "stock"])
 @pytest.mark.parametrize("eager", [False, True], ids=["graph", "eager"])
 @pytest.mark.parametrize("rank", [2, 3, 4, 5])
 def test_five_steps_and_inference_equal_the_original(
     rank: int, eager: bool, kernels: str, original: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if kernels == "stock":  # as where the native ones cannot serve: on a GPU, or not built
-        monkeypatch.setattr(native, "_operations", None)
+    if kernels == "stock":  # as where the CPU kernels cannot serve: on a GPU, or not built
+        monkeypatch.setattr(operations, "_operations", None)
 
     @settings(max_examples=50)
     @given(cases(rank, eager))

@@ -16,7 +16,7 @@ from torch.func import functional_call
 from batchnorm.torch import BatchNorm, BatchNorm2d, batch_norm
 
 pytestmark = [
-    pytest.mark.usefixtures("force_native"),
+    pytest.mark.usefixtures("force_cpu"),
     # PyTorch says this of itself where forward-mode differentiation is used first.
     pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning"),
 ]
@@ -116,7 +116,7 @@ CASES = {
     ),
 }
 every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-either_path = pytest.mark.parametrize("fused", [None, False], ids=["native", "composed"])
+either_path = pytest.mark.parametrize("fused", [None, False], ids=["cpu", "composed"])
 
 
 @either_path

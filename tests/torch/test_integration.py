@@ -123,6 +123,7 @@ def compiler(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 # --- compiled and exported ---
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", ["plain", "cumulative", "composed renorm", "schedule", "virtual renorm", "adjustment", "two axes"]
 )
@@ -137,6 +138,7 @@ def test_a_model_compiles_once_as_one_graph_and_trains_and_infers_as_without(nam
     assert_close(compiled(BATCHES[0]), twin.eval()(BATCHES[0]))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # of what inductor imports
 @pytest.mark.usefixtures("compiler")
 def test_inductor_s_code_trains_as_without() -> None:
@@ -144,6 +146,7 @@ def test_inductor_s_code_trains_as_without() -> None:
     assert_close(train(model, torch.compile(model, fullgraph=True)), train(twin), 1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("compiler")
 def test_one_graph_serves_every_batch_size() -> None:
     layer, twin = LAYERS["virtual renorm"](), LAYERS["virtual renorm"]()
@@ -226,6 +229,7 @@ def clone(tensor: Tensor) -> Tensor:
     return tensor.detach().clone().requires_grad_(tensor.requires_grad)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "form"),
     [
@@ -510,6 +514,7 @@ def distributed_steps(calls: list[Any], models: list[Any], ranks: list[int]) -> 
     return results
 
 
+@pytest.mark.slow
 def test_replicas_in_two_processes_average_gradients_and_keep_the_first_one_s_buffers(tmp_path: pathlib.Path) -> None:
     torch.multiprocessing.spawn(  # type: ignore[attr-defined, no-untyped-call]
         replica, (str(tmp_path),), nprocs=2
@@ -602,6 +607,7 @@ def test_threads_train_their_own_models_and_share_one_that_infers(make: Make) ->
             assert_close(shared_output, output)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["plain", "virtual renorm"])
 def test_onnx_gets_a_batch_normalization_of_its_own(name: str, tmp_path: pathlib.Path) -> None:
     model = torch.nn.Sequential(torch.nn.ReLU(), LAYERS[name]()).eval()

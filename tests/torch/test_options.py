@@ -228,15 +228,15 @@ def same(actual: Mapping[str, Tensor], expected: Mapping[str, Any], allowed: flo
 
 
 def served(options: Mapping[str, Any], fused: bool | None) -> str:
-    """What serves in training: the native kernels where there is one map for each feature, and axes lie so."""
+    """What serves in training: the CPU kernels where there is one map for each feature, and axes lie so."""
     apart = options.get("axis") == (1, 3) and "virtual_batch_size" in options
-    return "composed" if fused is False or options.get("adjustment") == (0, 1, 2, 3) or apart else "native"
+    return "composed" if fused is False or options.get("adjustment") == (0, 1, 2, 3) or apart else "cpu"
 
 
 @pytest.mark.parametrize("fused", [None, False])
 @pytest.mark.parametrize("names", ALL)
 def test_training_and_then_evaluation_are_those_of_the_numpy_layer(
-    names: str, fused: bool | None, force_native: None
+    names: str, fused: bool | None, force_cpu: None
 ) -> None:
     options = ALL[names]
     layer, adjust = make(options, torch.float64, fused)
@@ -266,8 +266,8 @@ def test_training_and_then_evaluation_are_those_of_the_numpy_layer(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=lambda dtype: str(dtype)[6:])
 @pytest.mark.parametrize("shape", [SHAPE, LARGE], ids=["small", "large"])
 @pytest.mark.parametrize("names", FEW)
-def test_narrow_types_by_the_native_kernels_are_near_float64_composed(
-    names: str, shape: tuple[int, ...], dtype: torch.dtype, force_native: None
+def test_narrow_types_by_the_cpu_kernels_are_near_float64_composed(
+    names: str, shape: tuple[int, ...], dtype: torch.dtype, force_cpu: None
 ) -> None:
     options = FEW[names]
     layer, adjust = make(options, dtype, None, shape)
@@ -360,14 +360,14 @@ def test_without_statistics_a_batch_is_evaluated_by_itself_as_a_whole(names: str
     ("options", "shape", "kernels"),
     [
         ({}, SHAPE, ("torch", "torch")),
-        ({}, LARGE, ("native", "torch")),
-        ({"fused": True}, LARGE, ("native", "torch")),
+        ({}, LARGE, ("cpu", "torch")),
+        ({"fused": True}, LARGE, ("cpu", "torch")),
         ({"fused": False}, SHAPE, ("composed", "composed")),
         ({"fused": False}, LARGE, ("composed", "composed")),
-        ({"renorm": True}, SHAPE, ("native", "torch")),
-        ({"renorm": True, "virtual_batch_size": 2}, SHAPE, ("native", "torch")),
-        ({"axis": 2}, SHAPE, ("native", "composed")),
-        ({"dtype": torch.float64}, LARGE, ("native", "torch")),
+        ({"renorm": True}, SHAPE, ("cpu", "torch")),
+        ({"renorm": True, "virtual_batch_size": 2}, SHAPE, ("cpu", "torch")),
+        ({"axis": 2}, SHAPE, ("cpu", "composed")),
+        ({"dtype": torch.float64}, LARGE, ("cpu", "torch")),
     ],
     ids=lambda part: str(part).replace(" ", ""),
 )

@@ -204,10 +204,10 @@ TYPE_CASES = {
 }
 
 
-@pytest.fixture(params=["native", "composed"])
-def fused(request: pytest.FixtureRequest, force_native: None) -> bool | None:
-    """The option, for native kernels that serve all that they can, and for the composed path."""
-    return None if request.param == "native" else False
+@pytest.fixture(params=["cpu", "composed"])
+def fused(request: pytest.FixtureRequest, force_cpu: None) -> bool | None:
+    """The option, for CPU kernels that serve all that they can, and for the composed path."""
+    return None if request.param == "cpu" else False
 
 
 @pytest.mark.parametrize("case", (CASES | LAYOUT_CASES).values(), ids=CASES | LAYOUT_CASES)

@@ -1,4 +1,4 @@
-"""Which numbers: from moments to one affine map per group and feature, its gradient, and the moving averages.
+"""Which numbers: from moments to one affine map per group and feature, its gradient, and the step of the averages.
 
 Pure functions over an explicit array namespace `xp`. The letters are those of ``docs/mathematics.md``; every array
 here is as small as the statistics, unless an adjustment varies within a feature.
@@ -6,80 +6,116 @@ here is as small as the statistics, unless an adjustment varies within a feature
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple, Protocol
 
 from .options import Clipping
 
 __all__ = [
     "Affine",
-    "Combination",
+    "Array",
     "Correction",
+    "GradientMap",
     "Moments",
     "Namespace",
-    "Target",
     "affine",
-    "at_least_one",
     "average_groups",
     "bessel",
-    "combination",
     "correction",
-    "decrement",
+    "decrements",
+    "divisor",
+    "fold",
+    "gradient_map",
     "inference_variance",
+    "merge",
+    "moving",
+    "parameter_gradients",
     "stddev",
-    "targets",
+    "step",
+    "unbiased_variance",
 ]
 
 Array = Any
 
 
 class Namespace(Protocol):
-    """The verbs that this folder asks of an array namespace, a subset of the array API standard."""
+    """The verbs that this folder asks of an array namespace, nearly all of them from the array API standard."""
 
     def sqrt(self, x: Array, /) -> Array: ...
     def maximum(self, x1: Array, x2: Array, /) -> Array: ...
     def minimum(self, x1: Array, x2: Array, /) -> Array: ...
     def sum(self, x: Array, /, *, axis: Any, keepdims: bool) -> Array: ...
+    def where(self, condition: Array, x1: Array, x2: Array, /) -> Array: ...
+    def reshape(self, x: Array, shape: Any, /) -> Array: ...
+    def broadcast_to(self, x: Array, shape: Any, /) -> Array: ...
+    def concat(self, arrays: Any, /, *, axis: int) -> Array: ...
+    def ones_like(self, x: Array, /) -> Array: ...
+
+    def astype(self, x: Array, dtype: Any, /) -> Array:
+        """Convert an array or a scalar; a Python number stays one."""
+
+    def shape(self, x: Array, /) -> tuple[Any, ...]:
+        """Sizes as ints, but for those that are not known before the program runs."""
+
+    def stop_gradient(self, x: Array, /) -> Array:
+        """The same values, which are constants to every derivative."""
 
 
 class Moments(NamedTuple):
-    """Mean m and biased variance v."""
+    """Mean m and biased variance v, and of how many values they are.
+
+    Attributes:
+        mean: m, rounded.
+        variance: v.
+        count: n, or Σw under weights: a number, or an array that broadcasts against the statistics.
+        rest: What rounding took from the mean, where that is known. Beside a spread of 1 a mean of 10⁴ is rounded by
+            half a thousandth in float32, so x − m is (x − mean) − rest.
+        square_count: Σw² under weights; None where every value counts once, which makes it n.
+    """
 
     mean: Array
     variance: Array
+    count: Any
+    rest: Any = 0.0
+    square_count: Any = None
+
+    @classmethod
+    def near(cls, origin: Array, distance: Array, variance: Array, count: Any, square_count: Any = None) -> Moments:
+        """Moments with their mean at a distance from an origin, which is near it."""
+        mean = origin + distance
+        return cls(mean, variance, count, distance - (mean - origin), square_count)
 
 
 class Correction(NamedTuple):
     """Batch renormalization's r and d, constants to the gradient."""
 
-    scale: Array
-    shift: Array
+    r: Array
+    d: Array
 
 
 class Affine(NamedTuple):
-    """y = scale·x + shift."""
+    """y = scale·(x − m) + offset; no offset is None."""
 
     scale: Array
-    shift: Array
+    offset: Array | None
 
 
-class Combination(NamedTuple):
-    """dx = dy_weight·dy + x_weight·x + constant."""
+class GradientMap(NamedTuple):
+    """dx = a·dy + w·(b·(x − m) + c), with w = 1 but for weights."""
 
-    dy_weight: Array
-    x_weight: Array
-    constant: Array
-
-
-class Target(NamedTuple):
-    """What a moving average moves to, and the weight of its old value."""
-
-    value: Array
-    decay: Any
+    a: Array
+    b: Array
+    c: Array
 
 
-def at_least_one(xp: Namespace, count: Any) -> Any:
-    """Make a count, a Python int or an array, safe to divide by."""
-    return max(count, 1) if isinstance(count, int) else xp.maximum(count, 1)
+def is_number(value: Any) -> bool:
+    """Tell a number, or a size that a compiler leaves open, from an array."""
+    return isinstance(value, (int, float)) or not hasattr(value, "dtype")
+
+
+def divisor(xp: Namespace, count: Any) -> Any:
+    """Make a count safe to divide by: 1 in the place of 0. Counts may be fractions, so their maximum with 1 is not."""
+    return count or 1 if is_number(count) else xp.where(count > 0, count, 1)
 
 
 def stddev(xp: Namespace, variance: Array, epsilon: Any) -> Array:
@@ -87,17 +123,61 @@ def stddev(xp: Namespace, variance: Array, epsilon: Any) -> Array:
     return xp.sqrt(variance + epsilon)
 
 
-def average_groups(xp: Namespace, moments: Moments, group_axis: int | None, groups: Any) -> Moments:
-    """Average the moments of the virtual batches; this is what the moving averages and renorm see."""
-    if group_axis is None:
+def bessel(count: int) -> float:
+    """Bessel's correction n/(n − 1); 1 up to a single value."""
+    return count / (count - 1) if count > 1 else 1.0
+
+
+def unbiased_variance(xp: Namespace, moments: Moments) -> Array:
+    """Bessel's correction, v·n/(n − 1); v itself up to a single value. Under weights n is (Σw)²/Σw²."""
+    n = moments.count
+    if moments.square_count is not None:
+        n = n * n / divisor(xp, moments.square_count)
+    if is_number(n):
+        return moments.variance * bessel(n)
+    several = n > 1
+    return moments.variance * xp.where(several, n / xp.where(several, n - 1, 1), 1)
+
+
+def average_groups(xp: Namespace, moments: Moments, axis: int | None) -> Moments:
+    """Average the moments of the virtual batches, by their counts; this is what averages and renorm see."""
+    if axis is None:
         return moments
-    groups = at_least_one(xp, groups)
-    return Moments(*(xp.sum(moment, axis=group_axis, keepdims=True) / groups for moment in moments))
+    share, count = _shares(xp, moments, axis)
+    variance = xp.sum(moments.variance * share, axis=axis, keepdims=True)
+    if is_number(moments.rest):
+        return Moments(xp.sum(moments.mean * share, axis=axis, keepdims=True), variance, count)
+    return Moments.near(*_average(xp, moments, axis, share), variance, count)
 
 
-def bessel(xp: Namespace, variance: Array, count: Any) -> Array:
-    """v·n/(n − 1), the unbiased variance of n values; v itself for a single one."""
-    return variance * (count / at_least_one(xp, count - 1))
+def merge(xp: Namespace, moments: Moments, axis: int) -> Moments:
+    """Put the moments of parts of the same values together, along an axis that counts the parts.
+
+    m = Σn·m/Σn and v = Σn·(v + (m − mean)²)/Σn (Chan, Golub & LeVeque, 1983). Parts of no values count for nothing.
+    """
+    share, count = _shares(xp, moments, axis)
+    squares = moments.square_count
+    if squares is not None:
+        squares = xp.sum(squares * xp.ones_like(moments.mean), axis=axis, keepdims=True)
+    merged = Moments.near(*_average(xp, moments, axis, share), 0, count, squares)
+    apart = (moments.mean - merged.mean) + (moments.rest - merged.rest)
+    return merged._replace(variance=xp.sum((moments.variance + apart * apart) * share, axis=axis, keepdims=True))
+
+
+def _shares(xp: Namespace, moments: Moments, axis: int) -> tuple[Any, Any]:
+    """The share that each part has in the count of all, and that count."""
+    if is_number(moments.count):
+        parts = xp.astype(xp.shape(moments.mean)[axis], moments.mean.dtype)
+        return 1 / divisor(xp, parts), moments.count * parts
+    count = moments.count * xp.ones_like(moments.mean)
+    total = xp.sum(count, axis=axis, keepdims=True)
+    return count / divisor(xp, total), total
+
+
+def _average(xp: Namespace, moments: Moments, axis: int, share: Any) -> tuple[Array, Array]:
+    """The mean of means as an origin, which is rounded like them, and a small distance from it."""
+    origin = xp.sum(moments.mean * share, axis=axis, keepdims=True)
+    return origin, xp.sum(((moments.mean - origin) + moments.rest) * share, axis=axis, keepdims=True)
 
 
 def correction(
@@ -106,18 +186,35 @@ def correction(
     """Batch renormalization's correction (Ioffe, 2017, algorithm 1).
 
     With s = max(renorm_stddev, sqrt(ε)), r = σ/s and d = (m − renorm_mean)/s, then clipped. All averages are those
-    from before this step. No gradient may flow through the result.
+    from before this step. No gradient flows through the result.
     """
+    rmin, rmax, dmax = (xp.astype(limit, moments.mean.dtype) for limit in (clipping.rmin, clipping.rmax, clipping.dmax))
     floor = xp.maximum(renorm_stddev, epsilon**0.5)
     r = stddev(xp, moments.variance, epsilon) / floor
-    d = (moments.mean - renorm_mean) / floor
-    if clipping.rmin is not None:
-        r = xp.maximum(r, clipping.rmin)
-    if clipping.rmax is not None:
-        r = xp.minimum(r, clipping.rmax)
-    if clipping.dmax is not None:
-        d = xp.minimum(xp.maximum(d, -clipping.dmax), clipping.dmax)
-    return Correction(r, d)
+    d = ((moments.mean - renorm_mean) + moments.rest) / floor
+    if rmin is not None:
+        r = xp.maximum(r, rmin)
+    if rmax is not None:
+        r = xp.minimum(r, rmax)
+    if dmax is not None:
+        d = xp.minimum(xp.maximum(d, -dmax), dmax)
+    return Correction(xp.stop_gradient(r), xp.stop_gradient(d))
+
+
+def fold(
+    gamma: Array | None, beta: Array | None, adjustment: tuple[Array, Array] | None
+) -> tuple[Array | None, Array | None]:
+    """What comes after the correction in two arrays, factor = a·γ and offset = b·γ + β; None is 1 and 0.
+
+    Without an adjustment they are γ and β themselves. A kernel sees factor and offset; whoever folded them
+    differentiates the fold.
+    """
+    if adjustment is None:
+        return gamma, beta
+    factor, offset = adjustment
+    if gamma is not None:
+        factor, offset = factor * gamma, offset * gamma
+    return factor, offset if beta is None else offset + beta
 
 
 def affine(
@@ -126,44 +223,38 @@ def affine(
     epsilon: Any,
     *,
     correction: Correction | None = None,
-    adjustment: tuple[Array, Array] | None = None,
-    gamma: Array | None = None,
-    beta: Array | None = None,
+    factor: Array | None = None,
+    offset: Array | None = None,
 ) -> Affine:
-    """The whole layer as one map: y = (((x − m)/σ·r + d)·a + b)·γ + β = scale·x + shift."""
+    """The whole layer as one map: y = ((x − m)/σ·r + d)·factor + offset."""
     scale = 1 / stddev(xp, moments.variance, epsilon)
-    offset: Any = 0
     if correction is not None:
-        scale, offset = scale * correction.scale, correction.shift
-    if adjustment is not None:
-        scale, offset = scale * adjustment[0], offset * adjustment[0] + adjustment[1]
-    if gamma is not None:
-        scale, offset = scale * gamma, offset * gamma
-    if beta is not None:
-        offset = offset + beta
-    return Affine(scale, offset - moments.mean * scale)
+        scale = scale * correction.r
+        shift = correction.d if factor is None else correction.d * factor
+        offset = shift if offset is None else shift + offset
+    return Affine(scale if factor is None else scale * factor, offset)
 
 
-def combination(
-    xp: Namespace, moments: Moments, epsilon: Any, count: Any, factor: Any, dy_sum: Array, dy_centered_sum: Array
-) -> Combination:
-    """The gradient for x as one map, from Σdy and Σdy·(x − m) over the n values of each group and feature.
+def gradient_map(
+    xp: Namespace, moments: Moments, epsilon: Any, factor: Any, dy_sum: Array, dy_centered_sum: Array
+) -> GradientMap:
+    """The gradient for x as one map, from Σdy and Σdy·(x − m) over the values of each group and feature.
 
     y = (x − m)/σ·factor + … gives dx = (factor/σ)·(dy − Σdy/n − (x − m)·Σdy·(x − m)/(n·σ²)).
     """
-    inverse = 1 / stddev(xp, moments.variance, epsilon)
-    dy_weight = factor * inverse
-    x_weight = -dy_weight * inverse * inverse * (dy_centered_sum / count)
-    constant = -dy_weight * (dy_sum / count) - x_weight * moments.mean
-    return Combination(dy_weight, x_weight, constant)
+    inverse, count = 1 / stddev(xp, moments.variance, epsilon), divisor(xp, moments.count)
+    a = factor * inverse
+    return GradientMap(a, -a * inverse * inverse * (dy_centered_sum / count), -a * (dy_sum / count))
 
 
-def decrement(old: Array, new: Array, decay: Any) -> Array:
-    """What to subtract from a moving average: (a − new)·(1 − decay).
-
-    Subtracting, and not assigning, keeps every contribution where several calls update one average.
-    """
-    return (old - new) * (1 - decay)
+def parameter_gradients(
+    xp: Namespace, moments: Moments, epsilon: Any, correction: Correction | None, dy_sum: Array, dy_centered_sum: Array
+) -> tuple[Array, Array]:
+    """The gradients of factor and of offset by group, Σdy·(x̂·r + d) and Σdy, from the same two sums."""
+    dfactor = dy_centered_sum / stddev(xp, moments.variance, epsilon)
+    if correction is not None:
+        dfactor = dfactor * correction.r + dy_sum * correction.d
+    return dfactor, dy_sum
 
 
 def inference_variance(xp: Namespace, moving_stddev: Array, epsilon: Any) -> Array:
@@ -171,20 +262,101 @@ def inference_variance(xp: Namespace, moving_stddev: Array, epsilon: Any) -> Arr
     return xp.maximum(moving_stddev * moving_stddev - epsilon, 0)
 
 
-def targets(
-    xp: Namespace, moments: Moments, variance: Array, epsilon: Any, decay: Any, renorm: bool, renorm_decay: Any
-) -> dict[str, Target]:
-    """What each moving average moves to in one training step, by name.
+def decrements(
+    xp: Namespace,
+    averages: Mapping[str, Array],
+    moments: Moments,
+    epsilon: Any,
+    *,
+    rate: Any,
+    renorm_rate: Any = None,
+    moves: Any = None,
+) -> dict[str, Array]:
+    """What one step subtracts from each moving average: (average − new)·rate, in the type of the moments.
 
-    `variance` is the one to store, biased or not. With renorm the moving variance is not among them: it follows from
-    the moving standard deviation through `inference_variance`.
+    Subtracting, and not assigning, keeps every contribution where several calls update one average. What does not move
+    is selected and not multiplied by 0, so that it stays bit for bit whatever the batch was.
+
+    Args:
+        xp: The array namespace.
+        averages: The averages that move, by name, as they were before the step: ``moving_mean`` with
+            ``moving_variance``, or with ``moving_stddev``, and ``renorm_mean`` and ``renorm_stddev``. With renorm the
+            moving variance follows from the moving standard deviation, by `inference_variance`.
+        moments: The mean and the variance to move to, of as many values as averages. Of no values nothing moves.
+        epsilon: Added to the variance.
+        rate: Weight of the new value in the moving averages, 1 − decay.
+        renorm_rate: That in renorm's averages.
+        moves: What else must hold for a feature to move, or None.
     """
-    mean = {"moving_mean": Target(moments.mean, decay)}
-    if not renorm:
-        return mean | {"moving_variance": Target(variance, decay)}
-    sigma = stddev(xp, moments.variance, epsilon)
-    return mean | {
-        "moving_stddev": Target(sigma, decay),
-        "renorm_mean": Target(moments.mean, renorm_decay),
-        "renorm_stddev": Target(sigma, renorm_decay),
+    moves = moving(moments, moves)
+    return {} if moves is False else _decrements(xp, averages, moments, epsilon, rate, renorm_rate, moves)
+
+
+def moving(moments: Moments, moves: Any = None) -> Any:
+    """Which features move: an array of booleans, None for all of them, or False for none."""
+    count = moments.count
+    if is_number(count):
+        return moves if count else False
+    return count > 0 if moves is None else (count > 0) & moves
+
+
+def _decrements(
+    xp: Namespace,
+    averages: Mapping[str, Array],
+    moments: Moments,
+    epsilon: Any,
+    rate: Any,
+    renorm_rate: Any,
+    moves: Any,
+) -> dict[str, Array]:
+    mean, variance, dtype = moments.mean, moments.variance, moments.variance.dtype
+    sigma = stddev(xp, variance, epsilon) if "renorm_mean" in averages else None
+    new = {
+        "moving_mean": mean,
+        "moving_variance": variance,
+        "moving_stddev": sigma,
+        "renorm_mean": mean,
+        "renorm_stddev": sigma,
     }
+    found = {}
+    for name, average in averages.items():
+        old = average if average.dtype == dtype else xp.astype(average, dtype)
+        taken = (old - new[name]) * (renorm_rate if name in ("renorm_mean", "renorm_stddev") else rate)
+        found[name] = taken if moves is None else xp.where(moves, taken, 0)
+    return found
+
+
+def step(
+    xp: Namespace,
+    averages: Mapping[str, Array],
+    moments: Moments,
+    epsilon: Any,
+    *,
+    rate: Any,
+    renorm_rate: Any = None,
+    moves: Any = None,
+) -> dict[str, Array]:
+    """The averages after one step; arguments as for `decrements`.
+
+    With renorm the moving variance belongs to a moving standard deviation. Where that is not among the averages, as on
+    PyTorch, it is the one that the moving variance had.
+    """
+    moves = moving(moments, moves)
+    if moves is False:
+        return dict(averages)
+    old, dtype = averages, moments.variance.dtype
+    if "renorm_mean" in averages:
+        old = {name: average for name, average in averages.items() if name != "moving_variance"}
+        if "moving_stddev" not in old:
+            old["moving_stddev"] = stddev(xp, xp.astype(averages["moving_variance"], dtype), epsilon)
+    new = {}
+    for name, taken in _decrements(xp, old, moments, epsilon, rate, renorm_rate, moves).items():
+        average = old[name]
+        new[name] = (
+            average - taken if average.dtype == dtype else xp.astype(xp.astype(average, dtype) - taken, average.dtype)
+        )
+    if "renorm_mean" in old:
+        variance = averages["moving_variance"]
+        follows = xp.astype(inference_variance(xp, new["moving_stddev"], epsilon), variance.dtype)
+        new["moving_variance"] = follows if moves is None else xp.where(moves, follows, variance)
+    return new if old is averages else {name: new[name] for name in averages}

@@ -1,4 +1,4 @@
-"""Where: feature axes, the axes summed over, the shapes of the parameters, and virtual batches."""
+"""Where: feature axes, the axes summed over, the shapes of the parameters, virtual batches, and what broadcasts."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-__all__ = ["Canonical", "Geometry", "plan"]
+__all__ = ["Geometry", "View", "counted_axes", "plan"]
 
 
-class Canonical(NamedTuple):
-    """An array as the native kernels see it: (rows, features, inner), row r in group (r // span) % groups.
+class View(NamedTuple):
+    """An array as the CPU kernels see it: (rows, features, inner), row r in group (r // span) % groups.
 
-    Groups are virtual batches, unless each has parameters of its `own`: then they are feature axes, too.
+    Groups are virtual batches, unless parameters are by group: then they are feature axes, too.
     """
 
     rows: int
@@ -22,68 +22,74 @@ class Canonical(NamedTuple):
     span: int
     features: int
     inner: int
-    own: bool = False
+    grouped_parameters: bool = False
 
     @property
     def parameters(self) -> int:
         """Values of a parameter."""
-        return self.groups * self.features if self.own else self.features
+        return self.groups * self.features if self.grouped_parameters else self.features
+
+    @property
+    def virtual_batches(self) -> int:
+        """Groups that share parameters."""
+        return 1 if self.grouped_parameters else self.groups
+
+    @property
+    def whole(self) -> View:
+        """The same of a whole batch, as inference sees it."""
+        return self if self.grouped_parameters else self._replace(groups=1, span=1)
 
 
 @dataclasses.dataclass(frozen=True)
 class Geometry:
     """How the layer looks at its input.
 
-    A whole batch is seen as it is. With virtual batches of b samples it is seen as (b, G, …), G = N / b groups, so
-    that sample i is in group i mod G; the group is then axis 1. Statistics keep their reduced axes with size 1.
+    A whole batch is seen as it is. With virtual batches of b samples a batch of N is seen as (R, G, …), with G = ⌈N/b⌉
+    groups, so that sample i is in group i mod G; the group is then axis 1. Where G does not divide N, the last row is
+    filled up with samples that weigh nothing. Statistics keep their reduced axes with size 1.
 
     Attributes:
         rank: Rank of the input.
         features: Size of each feature axis, by axis, ascending.
         virtual_batch_size: b, or None.
+        axes: The feature axes of the input, ascending, none negative.
+        feature_sizes: Their sizes: the shape of a parameter where ranks do not matter.
+        reduced_axes: The axes of the view that statistics are taken over.
+        group_axis: The axis of the view that counts virtual batches, or None.
+        input_shape: The shape in which a parameter broadcasts against the input.
+        view_shape: The shape in which a parameter broadcasts against the view.
+        parameter_shape: The shape of gamma, beta and every statistic in checkpoints.
     """
 
     rank: int
     features: tuple[tuple[int, int], ...]
     virtual_batch_size: int | None
+    axes: tuple[int, ...]
+    feature_sizes: tuple[int, ...]
+    reduced_axes: tuple[int, ...]
+    group_axis: int | None
+    input_shape: tuple[int, ...]
+    view_shape: tuple[int, ...]
+    parameter_shape: tuple[int, ...]
+
+    @classmethod
+    def of(cls, rank: int, features: tuple[tuple[int, int], ...], virtual_batch_size: int | None) -> Geometry:
+        """Derive everything from what tells inputs apart."""
+        axes, sizes = tuple(axis for axis, _ in features), tuple(size for _, size in features)
+        reduced = tuple(axis for axis in range(rank) if axis not in axes)
+        by_axis = dict(features)
+        shape = tuple(by_axis.get(axis, 1) for axis in range(rank))
+        if virtual_batch_size is None:
+            parameter_shape = sizes if len(sizes) == 1 else shape
+            return cls(rank, features, None, axes, sizes, reduced, None, shape, shape, parameter_shape)
+        reduced = tuple(axis if axis == 0 else axis + 1 for axis in reduced)
+        view = (shape[0], 1, *shape[1:])
+        return cls(rank, features, virtual_batch_size, axes, sizes, reduced, 1, shape, view, view)
 
     @property
-    def axes(self) -> tuple[int, ...]:
-        """The feature axes of the input, ascending, none negative."""
-        return tuple(axis for axis, _ in self.features)
-
-    @property
-    def reduced_axes(self) -> tuple[int, ...]:
-        """The axes of the view that statistics are taken over."""
-        reduced = [axis for axis in range(self.rank) if axis not in self.axes]
-        if self.virtual_batch_size is None:
-            return tuple(reduced)
-        return tuple(axis if axis == 0 else axis + 1 for axis in reduced)
-
-    @property
-    def group_axis(self) -> int | None:
-        """The axis of the view that counts virtual batches."""
-        return None if self.virtual_batch_size is None else 1
-
-    @property
-    def input_shape(self) -> tuple[int, ...]:
-        """The shape in which a parameter broadcasts against the input."""
-        sizes = dict(self.features)
-        return tuple(sizes.get(axis, 1) for axis in range(self.rank))
-
-    @property
-    def view_shape(self) -> tuple[int, ...]:
-        """The shape in which a parameter broadcasts against the view."""
-        if self.virtual_batch_size is None:
-            return self.input_shape
-        return (self.input_shape[0], 1, *self.input_shape[1:])
-
-    @property
-    def parameter_shape(self) -> tuple[int, ...]:
-        """The shape of gamma, beta and every statistic in checkpoints."""
-        if len(self.features) == 1 and self.virtual_batch_size is None:
-            return (self.features[0][1],)
-        return self.view_shape
+    def whole(self) -> Geometry:
+        """The same without virtual batches, as inference sees it."""
+        return self if self.virtual_batch_size is None else Geometry.of(self.rank, self.features, None)
 
     def check_input(self, shape: Sequence[int | None]) -> None:
         """Raise unless an input of this shape fits (None is an unknown size)."""
@@ -95,17 +101,52 @@ class Geometry:
                     f"inputs must have size {size} on axis {axis}, as built for; received shape {tuple(shape)}."
                 )
 
+    def check_divides(self, batch: int | None) -> None:
+        """Raise unless virtual batches divide a batch of this many samples (None is an unknown number)."""
+        if self.virtual_batch_size is not None and batch is not None and batch % self.virtual_batch_size:
+            raise ValueError(
+                f"virtual_batch_size must divide the batch size in training; received a batch of {batch} samples "
+                f"and virtual_batch_size={self.virtual_batch_size}."
+            )
+
+    def check_adjustment(self, shapes: Sequence[Sequence[int | None] | None], shape: Sequence[int | None]) -> bool:
+        """Raise unless arrays of these shapes broadcast to inputs of a shape (None is unknown).
+
+        Returns:
+            Whether they are known to have one value for each feature.
+        """
+        by_feature = True
+        for given in shapes:
+            if given is None:
+                by_feature = False
+                continue
+            lead = self.rank - len(given)
+            if lead < 0 or any(
+                size not in (1, None, shape[axis]) and shape[axis] is not None for axis, size in enumerate(given, lead)
+            ):
+                raise ValueError(
+                    f"adjustment must return arrays that broadcast to the inputs' shape {tuple(shape)}; "
+                    f"received shape {tuple(given)}."
+                )
+            by_feature = by_feature and all(size == 1 or axis in self.axes for axis, size in enumerate(given, lead))
+        return by_feature
+
     def split(self, shape: Sequence[Any]) -> tuple[Any, ...]:
-        """Turn the shape of an input (sizes may be symbolic) into that of its view."""
+        """Turn the shape of an input into that of its view; a size that is not known yet is taken to divide."""
         if self.virtual_batch_size is None:
             return tuple(shape)
-        size = self.virtual_batch_size
-        if isinstance(shape[0], int) and shape[0] % size:
-            raise ValueError(
-                f"virtual_batch_size must divide the batch size in training; received a batch of "
-                f"{shape[0]} samples and virtual_batch_size={size}."
-            )
-        return (size, shape[0] // size, *shape[1:])
+        batch, *rest = shape
+        if not isinstance(batch, int):
+            return (self.virtual_batch_size, batch // self.virtual_batch_size, *rest)
+        groups = -(-batch // self.virtual_batch_size)
+        return (-(-batch // max(groups, 1)), groups, *rest)
+
+    def padding(self, shape: Sequence[Any]) -> int:
+        """Count the samples that fill up the last row of the view."""
+        if self.virtual_batch_size is None or not isinstance(shape[0], int):
+            return 0
+        rows, groups, *_ = self.split(shape)
+        return int(rows * groups - shape[0])
 
     def runs(self, shape: Sequence[int | None]) -> list[tuple[int, int]]:
         """Find what lies together: the first and last feature axis of each run, with only axes of size 1 between.
@@ -122,42 +163,60 @@ class Geometry:
         return found
 
     def collapses(self, shape: Sequence[int | None]) -> bool:
-        """Tell whether `canonical` can see an input of this shape: two runs at most, one with virtual batches."""
+        """Tell whether the kernels can see an input of this shape: two runs at most, one with virtual batches."""
         return len(self.runs(shape)) <= (2 if self.virtual_batch_size is None else 1)
 
-    def is_by_feature(self, shape: Sequence[int | None]) -> bool:
-        """Tell whether an array of this shape has one value for each feature when broadcast against the input."""
-        lead = self.rank - len(shape)
-        return all(size == 1 or lead + axis in self.axes for axis, size in enumerate(shape))
+    def view(self, shape: Sequence[int]) -> View | None:
+        """See an input of this shape as the CPU kernels do; None where they cannot.
 
-    def canonical(self, shape: Sequence[int]) -> Canonical | None:
-        """See an input of this shape as the native kernels do; None where feature axes lie too far apart.
+        Feature axes may lie too far apart, or the virtual batches be uneven.
 
-        >>> plan((32, 64, 56, 56), 1, None).canonical((32, 64, 56, 56))
-        Canonical(rows=32, groups=1, span=1, features=64, inner=3136, own=False)
-        >>> plan((32, 7, 7, 64), -1, 8).canonical((32, 7, 7, 64))
-        Canonical(rows=1568, groups=4, span=49, features=64, inner=1, own=False)
-        >>> plan((8, 6, 5, 3), (1, 3), None).canonical((8, 6, 5, 3))
-        Canonical(rows=240, groups=6, span=5, features=3, inner=1, own=True)
+        >>> plan((32, 64, 56, 56), 1, None).view((32, 64, 56, 56))
+        View(rows=32, groups=1, span=1, features=64, inner=3136, grouped_parameters=False)
+        >>> plan((32, 7, 7, 64), -1, 8).view((32, 7, 7, 64))
+        View(rows=1568, groups=4, span=49, features=64, inner=1, grouped_parameters=False)
+        >>> plan((8, 6, 5, 3), (1, 3), None).view((8, 6, 5, 3))
+        View(rows=240, groups=6, span=5, features=3, inner=1, grouped_parameters=True)
         """
-        if not self.collapses(shape):
+        if not self.collapses(shape) or self.padding(shape):
             return None
         *apart, (first, last) = self.runs(shape)
         before, after = math.prod(shape[:first]), math.prod(shape[last + 1 :])
         features = math.prod(shape[first : last + 1])
         for begin, end in apart:  # one at most
             groups, between = math.prod(shape[begin : end + 1]), math.prod(shape[end + 1 : first])
-            return Canonical(before, groups, between, features, after, own=True)
+            return View(before, groups, between, features, after, grouped_parameters=True)
         if self.virtual_batch_size is None:
-            return Canonical(before, 1, 1, features, after)
-        return Canonical(before, shape[0] // self.virtual_batch_size, math.prod(shape[1:first]), features, after)
+            return View(before, 1, 1, features, after)
+        return View(before, self.split(shape)[1], math.prod(shape[1:first]), features, after)
 
     def count(self, shape: Sequence[Any]) -> Any:
-        """Count the values per group and feature in a view of this shape."""
+        """Count the values of each feature in a view of this shape, or in a whole batch."""
         count = 1
         for axis in self.reduced_axes:
             count = count * shape[axis]
         return count
+
+
+def counted_axes(axis: int | tuple[int, ...], shape: Sequence[int | None]) -> tuple[int, ...]:
+    """Count feature axes from the start, ascending.
+
+    Raises:
+        ValueError: If one is out of range, or named twice.
+    """
+    rank = len(shape)
+    given = axis if isinstance(axis, tuple) else (axis,)
+    if not all(-rank <= feature_axis < rank for feature_axis in given):
+        raise ValueError(
+            f"axis must be in [{-rank}, {rank}) for inputs of rank {rank}; received axis={axis} "
+            f"and inputs of shape {tuple(shape)}."
+        )
+    axes = tuple(sorted(feature_axis % rank for feature_axis in given))
+    if len(set(axes)) != len(axes):
+        raise ValueError(
+            f"axis must name each axis once; received axis={axis}, which is {list(axes)} for inputs of rank {rank}."
+        )
+    return axes
 
 
 @functools.lru_cache(maxsize=1024)
@@ -175,30 +234,20 @@ def plan(shape: tuple[int | None, ...], axis: int | tuple[int, ...], virtual_bat
     >>> geometry = plan((32, 5, 5, 3), -1, 8)
     >>> geometry.parameter_shape, geometry.split((32, 5, 5, 3)), geometry.reduced_axes
     ((1, 1, 1, 1, 3), (8, 4, 5, 5, 3), (0, 2, 3))
+    >>> plan((10, 3), -1, 4).split((10, 3))  # virtual batches of 4, 3 and 3 samples
+    (4, 3, 3)
     """
-    rank = len(shape)
-    given = axis if isinstance(axis, tuple) else (axis,)
-    for one in given:
-        if not -rank <= one < rank:
-            raise ValueError(
-                f"axis must be in [{-rank}, {rank}) for inputs of rank {rank}; received axis={axis} "
-                f"and inputs of shape {shape}."
-            )
-    axes = sorted(one % rank for one in given)
-    if len(set(axes)) != len(axes):
-        raise ValueError(
-            f"axis must name each axis once; received axis={axis}, which is {axes} for inputs of rank {rank}."
-        )
+    axes = counted_axes(axis, shape)
     if virtual_batch_size is not None and 0 in axes:
         raise ValueError(
             f"axis cannot include the batch axis 0 with virtual_batch_size={virtual_batch_size}; received axis={axis}."
         )
     features = []
-    for one in axes:
-        size = shape[one]
+    for feature_axis in axes:
+        size = shape[feature_axis]
         if size is None:
             raise ValueError(
                 f"inputs must have a known size on every feature axis; received axis={axis} and shape {shape}."
             )
-        features.append((one, size))
-    return Geometry(rank, tuple(features), virtual_batch_size)
+        features.append((feature_axis, size))
+    return Geometry.of(len(shape), tuple(features), virtual_batch_size)

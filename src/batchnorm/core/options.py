@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-__all__ = ["Clipping", "Options", "flag", "received", "scalar"]
+__all__ = ["Clipping", "Options", "flag", "pair", "received", "scalar", "small_number", "weight"]
 
 
 def received(value: object) -> str:
@@ -41,12 +41,30 @@ def scalar(name: str, value: Any, low: float, high: float, allowed: str) -> Any:
     raise TypeError(f"{name} must be {allowed}, as a number or a scalar tensor; {received(value)}.")
 
 
+def weight(name: str, value: Any) -> Any:
+    """Check the weight of an average's old or new value."""
+    return scalar(name, value, 0, 1, "in [0, 1]")
+
+
+def small_number(name: str, value: Any) -> Any:
+    """Check what is added to a variance."""
+    return scalar(name, value, 0, sys.float_info.max, "finite and at least 0")
+
+
 def flag(name: str, value: Any) -> bool:
     """Check a switch. 0, 1 and NumPy's booleans are as good as Python's."""
     # NumPy's booleans are not among the numbers.
     if (isinstance(value, numbers.Integral) or type(value).__name__ in ("bool_", "bool")) and value in (0, 1):
         return bool(value)
     raise TypeError(f"{name} must be True or False; {received(value)}.")
+
+
+def pair(adjusted: Any) -> tuple[Any, Any]:
+    """Check what an adjustment has returned."""
+    if not isinstance(adjusted, (list, tuple)) or len(adjusted) != 2:
+        raise ValueError(f"adjustment must return a pair (scale, bias); {received(adjusted)}.")
+    scale, bias = adjusted
+    return scale, bias
 
 
 def _integer(name: str, value: Any, allowed: str) -> int:
@@ -61,7 +79,7 @@ def _integer(name: str, value: Any, allowed: str) -> int:
 def _axis(axis: Any) -> int | tuple[int, ...]:
     allowed = "an int or a list or tuple of distinct ints"
     if isinstance(axis, (list, tuple)):
-        axes = tuple(_integer("axis", one, allowed) for one in axis)
+        axes = tuple(_integer("axis", feature_axis, allowed) for feature_axis in axis)
         if not axes or len(set(axes)) != len(axes):
             raise ValueError(f"axis must be {allowed}, at least one; {received(axis)}.")
         return axes
@@ -78,6 +96,15 @@ class Clipping:
     rmin: Any = None
     rmax: Any = None
     dmax: Any = None
+
+    @property
+    def limits(self) -> tuple[Any, Any, Any]:
+        """The three limits, infinite where there is none."""
+        return (
+            -math.inf if self.rmin is None else self.rmin,
+            math.inf if self.rmax is None else self.rmax,
+            math.inf if self.dmax is None else self.dmax,
+        )
 
     @classmethod
     def of(cls, clipping: Mapping[str, Any] | Clipping | None) -> Clipping:
@@ -127,6 +154,7 @@ class Options:
         fused: True or None for the fastest kernel that can serve, False for the composed path.
         virtual_batch_size: Samples in each virtual batch, or None for the whole batch.
         adjustment: Function of the input's shape to a pair (scale, bias), applied in training before gamma and beta.
+        cumulative: Whether the moving averages are plain averages of all batches, in the place of `decay`.
 
     Raises:
         TypeError: For an argument of the wrong type.
@@ -150,16 +178,27 @@ class Options:
     fused: bool | None = None
     virtual_batch_size: int | None = None
     adjustment: Callable[[Any], tuple[Any, Any]] | None = None
+    cumulative: bool = False
+
+    @property
+    def rate(self) -> Any:
+        """Weight of the new value in the moving averages."""
+        return 1 - self.decay
+
+    @property
+    def renorm_rate(self) -> Any:
+        """Weight of the new value in the averages of renorm."""
+        return 1 - self.renorm_decay
 
     def __post_init__(self) -> None:
         def put(name: str, value: object) -> None:
             object.__setattr__(self, name, value)
 
         put("axis", _axis(self.axis))
-        put("decay", scalar("momentum", self.decay, 0, 1, "in [0, 1]"))
-        put("epsilon", scalar("epsilon", self.epsilon, 0, sys.float_info.max, "finite and at least 0"))
-        put("renorm_decay", scalar("renorm_momentum", self.renorm_decay, 0, 1, "in [0, 1]"))
-        for name in ("center", "scale", "renorm"):
+        put("decay", weight("momentum", self.decay))
+        put("epsilon", small_number("epsilon", self.epsilon))
+        put("renorm_decay", weight("renorm_momentum", self.renorm_decay))
+        for name in ("center", "scale", "renorm", "cumulative"):
             put(name, flag(name, getattr(self, name)))
         if self.fused is not None:
             put("fused", flag("fused", self.fused))

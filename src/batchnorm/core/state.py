@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol
 
-from .algebra import Array, Namespace
+from .algebra import Array
 from .options import Options
 
 __all__ = ["OLDER_RENORM", "modernize", "names"]
@@ -32,7 +32,12 @@ def names(options: Options) -> tuple[str, ...]:
     return (*parameters, "moving_mean", "moving_variance", *renorm)
 
 
-def modernize(xp: Namespace, variables: Mapping[str, Array], epsilon: Any) -> dict[str, Array]:
+class _Roots(Protocol):
+    def sqrt(self, x: Array, /) -> Array: ...
+    def maximum(self, x1: Array, x2: Array, /) -> Array: ...
+
+
+def modernize(xp: _Roots, variables: Mapping[str, Array], epsilon: Any) -> dict[str, Array]:
     """Turn the variables of a renorm layer of the older generation into today's; today's pass through.
 
     In the first versions of the original the averages of renorm began at zero and were de-biased by the sum of their

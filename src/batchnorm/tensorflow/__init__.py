@@ -6,16 +6,16 @@
 [32, 5]
 """
 
+from .base import InputSpec, Layer
 from .checkpoints import modernize_checkpoint
-from .layer import InputSpec, Layer
-from .normalization import BatchNormalization, batch_normalization
-from .restoring import restore
+from .installing import install
+from .layer import BatchNormalization, batch_normalization
 
 __all__ = [
     "BatchNormalization",
     "InputSpec",
     "Layer",
     "batch_normalization",
+    "install",
     "modernize_checkpoint",
-    "restore",
 ]

@@ -1,567 +1,543 @@
-"""The base of a TensorFlow 1 layer: scopes, variables, losses, updates and collections.
-
-What ``tf.compat.v1.layers.Layer`` gave its users, on TensorFlow alone. It works in v1 graphs, eagerly and in
-``tf.function``, and is a ``tf.Module``, so that checkpoints and SavedModels find its variables.
-"""
+"""``tf.compat.v1.layers.BatchNormalization`` and ``batch_normalization``, complete, on today's TensorFlow."""
 
 from __future__ import annotations
 
-import collections
-import contextvars
-import dataclasses
-import re
+import numbers
 import warnings
-import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import tensorflow as tf
 
-from batchnorm.core.options import flag, received
+from batchnorm.core import algebra, geometry, state
+from batchnorm.core.algebra import Moments
+from batchnorm.core.geometry import Geometry
+from batchnorm.core.options import Clipping, Options, pair, received
 
-from .serialization import get
+from . import compute
+from . import namespace as xp
+from .base import InputSpec, Layer
+from .serialization import get, serialize
 
-__all__ = ["InputSpec", "Layer"]
+__all__ = ["BatchNormalization", "batch_normalization"]
 
 v1 = tf.compat.v1
 
-
-@dataclasses.dataclass(frozen=True)
-class InputSpec:
-    """What a layer demands of its inputs.
-
-    Attributes:
-        ndim: The rank, or None.
-        axes: Sizes that some axes must have, by axis.
-    """
-
-    ndim: int | None = None
-    axes: dict[int, int] = dataclasses.field(default_factory=dict)
+_HALF = ("float16", "bfloat16")
 
 
-@dataclasses.dataclass
-class _Book:
-    """What a layer has made so far. A plain object, so that `tf.Module` leaves its lists alone."""
+class BatchNormalization(Layer):
+    r"""Batch normalization with every option of ``tf.compat.v1.layers.BatchNormalization``.
 
-    trainable: list[Any] = dataclasses.field(default_factory=list)
-    non_trainable: list[Any] = dataclasses.field(default_factory=list)
-    updates: list[tuple[Any, list[Any]]] = dataclasses.field(default_factory=list)
-    losses: list[tuple[Any, bool]] = dataclasses.field(default_factory=list)
+    In training (``training=True``) each feature is normalized by the mean m and the biased variance v of its values
+    in the batch, or in each virtual batch,
 
+    .. math:: y = \left(\left(\frac{x - m}{\sqrt{v + ε}} r + d\right) a + b\right) γ + β,
 
-_call_inputs: contextvars.ContextVar[list[Any]] = contextvars.ContextVar("call_inputs", default=[])  # noqa: B039
-"""Inputs of the innermost call that is under way in this thread; never changed in place."""
+    with r = 1, d = 0 unless `renorm`, and a = 1, b = 0 unless `adjustment`. In inference m and v are the moving
+    averages, and r, d, a and b are left out. 16-bit inputs are computed in float32.
 
-
-class Layer(tf.Module):
-    """Base class of layers in the manner of ``tf.compat.v1.layers``.
-
-    A subclass makes its variables in `build` with `add_weight` and computes in `call`. A layer may hold layers: their
-    variables, losses and updates are its own too, so a whole model can be a `Layer`.
+    In a v1 graph the moving averages are updated by the operations in `updates`, which are also in the collection
+    UPDATE_OPS: run them with the train op. Eagerly and in ``tf.function`` the call itself updates them.
 
     Args:
-        trainable: Whether the variables that may be trained are.
-        name: Name of the layer and of its variable scope; by default the class name in snake case, made unique.
-        dtype: Type of the computation and of the variables; by default that of the first input. ``"mixed_float16"``
-            and ``"mixed_bfloat16"`` compute in 16 bits and keep variables in float32.
-        **kwargs: ``_scope`` and ``_reuse`` as in v1; ``activity_regularizer``, a function of the output to a loss;
-            ``weights``, initial values. ``input_shape``, ``batch_input_shape``, ``batch_size``, ``input_dim``,
-            ``autocast`` and ``implementation`` are accepted, as they always were, and mean nothing here.
+        axis: The feature axis, or a list of them: 1 after a convolution with ``data_format="channels_first"``.
+            Several axes are normalized together; the variables then have the rank of the input, with size 1 on the
+            other axes.
+        momentum: Weight of the old value in the moving averages, in [0, 1]; a number or a scalar tensor.
+        epsilon: Added to the variance.
+        center: Whether there is an offset `beta`.
+        scale: Whether there is a scale `gamma`.
+        beta_initializer: A function of shape and dtype, its name or its configuration. So are `gamma_initializer`,
+            `moving_mean_initializer` and `moving_variance_initializer`.
+        moving_mean_initializer: Also initializes renorm's mean.
+        moving_variance_initializer: Its square root also initializes renorm's standard deviation.
+        beta_regularizer: Function of beta to a penalty, its name or its configuration. So is `gamma_regularizer`.
+        beta_constraint: Projection of beta, for the optimizer. So is `gamma_constraint`.
+        renorm: Whether to use batch renormalization, which normalizes in training almost as in inference, so that
+            small or uneven batches do little harm.
+        renorm_clipping: Dictionary with any of 'rmin', 'rmax' and 'dmax', numbers or scalar tensors or variables,
+            that limit r to [rmin, rmax] and d to [-dmax, dmax].
+        renorm_momentum: Weight of the old value in the averages that r and d are computed from.
+        fused: None or True for the fastest implementation that can serve, False for the composed one.
+        trainable: Whether gamma and beta are trained and the moving averages updated. It does not switch to
+            inference; `training` does.
+        virtual_batch_size: Samples in each virtual batch ("ghost batch normalization"); sample i of N is in virtual
+            batch i mod (N / virtual_batch_size). It must divide the batch in training. Variables then have one axis
+            more, of size 1, at index 1.
+        adjustment: Function of the (dynamic) shape of the input to a pair (scale, bias), called in training only; a
+            and b above. Both must broadcast to the input. Cannot be used with `virtual_batch_size`.
+        name: Name of the layer.
+        **kwargs: As for `Layer`: ``dtype``, ``_scope``, ``_reuse`` and others.
 
     Raises:
-        TypeError: For an unknown keyword.
+        TypeError: For an argument of the wrong type.
+        ValueError: For a value out of range, or for options that exclude each other.
 
-    >>> class Model(Layer):
-    ...     def __init__(self):
-    ...         super().__init__()
-    ...         self.bias = Bias()
-    ...
-    ...     def call(self, inputs):
-    ...         return self.bias(inputs)
-    >>> class Bias(Layer):
-    ...     def build(self, input_shape):
-    ...         self.value = self.add_weight("value", input_shape[-1:], initializer=tf.ones)
-    ...
-    ...     def call(self, inputs):
-    ...         return inputs + self.value
-    >>> model = Model()
-    >>> model(tf.zeros([1, 2])).numpy()
-    array([[1., 1.]], dtype=float32)
-    >>> [variable.shape.as_list() for variable in model.trainable_variables]
-    [[2]]
+    References:
+        Ioffe & Szegedy, "Batch Normalization: Accelerating Deep Network Training by Reducing Internal Covariate
+        Shift", 2015. Ioffe, "Batch Renormalization: Towards Reducing Minibatch Dependence in Batch-Normalized
+        Models", 2017. Hoffer et al., "Train longer, generalize better", 2017 (virtual batches).
+
+    >>> layer = BatchNormalization(momentum=0.5)
+    >>> layer(tf.constant([[1.0, 10.0], [3.0, 30.0]]), training=True).numpy().round(2)
+    array([[-1., -1.],
+           [ 1.,  1.]], dtype=float32)
+    >>> layer.moving_mean.numpy()
+    array([ 1., 10.], dtype=float32)
+    >>> layer.kernel
+    'cpu'
     """
 
-    _IGNORED = frozenset({"input_shape", "batch_input_shape", "batch_size", "input_dim", "autocast", "implementation"})
-
-    def __init__(self, trainable: bool = True, name: str | None = None, dtype: Any = None, **kwargs: Any) -> None:
-        # tf.Module.__init__ is not called: it would open a name scope, and so use up the name of the first layer.
-        scope, self._reuse = kwargs.pop("_scope", None), kwargs.pop("_reuse", None)
-        self._activity_regularizer = get("activity_regularizer", kwargs.pop("activity_regularizer", None))
-        self._initial_weights = kwargs.pop("weights", None)
-        unknown = set(kwargs) - self._IGNORED
-        if unknown:
-            raise TypeError(f"{type(self).__name__}() got unknown keyword arguments {sorted(unknown)}.")
-        if name is not None and not isinstance(name, (str, v1.VariableScope)):
-            raise TypeError(f"name must be None or a string; {received(name)}.")
-        self._dtype: str | None
-        self._compute_dtype: str | None
-        self.trainable = flag("trainable", trainable)
-        self.built = False
-        self.input_spec: InputSpec | None = None
-        self._set_dtype(dtype)
-        self._book = _Book()
-        snake = _snake_case(type(self).__name__)
-        self._base_name = (name.name if isinstance(name, v1.VariableScope) else name) or snake
-        self._name = name if name and isinstance(name, str) else _unique_name(snake)
-        self._scope: Any = None
-        if scope:
-            with v1.variable_scope(scope) as self._scope:
-                pass
-
-    # What it is called, and where it lives.
-
-    @property
-    def name(self) -> str:
-        """Name of the layer."""
-        return self._name
-
-    @property
-    def name_scope(self) -> Any:
-        """The name scope of the layer's operations."""
-        return tf.name_scope(self._name if self._scope is None else self._scope.original_name_scope)
-
-    @property
-    def scope_name(self) -> str:
-        """Name of the variable scope, known from the first call on.
-
-        Raises:
-            ValueError: Before the first call.
-        """
-        if self._scope is None:
-            raise ValueError(f'scope_name is not known before layer "{self._name}" has been called.')
-        return self._scope.name  # type: ignore[no-any-return]
-
-    @property
-    def graph(self) -> None:
-        """Deprecated: layers no longer keep their graph.
-
-        Raises:
-            RuntimeError: When executing eagerly.
-        """
-        warnings.warn("Layer.graph is deprecated: layers no longer keep their graph.", DeprecationWarning, stacklevel=2)
-        if tf.executing_eagerly():
-            raise RuntimeError("Layer.graph is not supported when executing eagerly.")
-
-    @property
-    def dtype(self) -> str | None:
-        """Name of the type given, or that of the first input; None before it is known."""
-        return self._dtype
-
-    @property
-    def compute_dtype(self) -> str | None:
-        """Name of the type that the layer computes in and returns."""
-        return self._compute_dtype
-
-    def _set_dtype(self, dtype: Any) -> None:
-        mixed = {"mixed_float16": "float16", "mixed_bfloat16": "bfloat16"}
-        if hasattr(dtype, "compute_dtype"):  # a policy of Keras
-            self._dtype, self._compute_dtype = dtype.variable_dtype, dtype.compute_dtype
-        elif isinstance(dtype, str) and dtype in mixed:
-            self._dtype, self._compute_dtype = "float32", mixed[dtype]
-        else:
-            self._dtype = None if dtype is None else tf.as_dtype(dtype).base_dtype.name
-            self._compute_dtype = self._dtype
-
-    # Variables.
-
-    def _layers(self) -> list[Layer]:
-        return [self, *(module for module in self.submodules if isinstance(module, Layer))]
-
-    @property
-    def trainable_weights(self) -> list[Any]:
-        """Variables to train; none when the layer is not trainable."""
-        if not self.trainable:
-            return []
-        return [variable for layer in self._layers() if layer.trainable for variable in layer._book.trainable]
-
-    @property
-    def non_trainable_weights(self) -> list[Any]:
-        """All other variables."""
-        trained = {id(variable) for variable in self.trainable_weights}
-        every = [v for layer in self._layers() for v in (*layer._book.trainable, *layer._book.non_trainable)]
-        return [variable for variable in every if id(variable) not in trained]
-
-    @property
-    def weights(self) -> list[Any]:
-        """All variables, those to train first."""
-        return self.trainable_weights + self.non_trainable_weights
-
-    @property
-    def trainable_variables(self) -> list[Any]:
-        """The same as `trainable_weights`."""
-        return self.trainable_weights
-
-    @property
-    def non_trainable_variables(self) -> list[Any]:
-        """The same as `non_trainable_weights`."""
-        return self.non_trainable_weights
-
-    @property
-    def variables(self) -> list[Any]:
-        """The same as `weights`."""
-        return self.weights
-
-    @tf.autograph.experimental.do_not_convert
-    def add_weight(
+    def __init__(
         self,
-        name: str,
-        shape: Any = (),
-        dtype: Any = None,
-        initializer: Any = None,
-        regularizer: Any = None,
-        trainable: bool | None = None,
-        constraint: Any = None,
-        use_resource: bool | None = None,
-        synchronization: Any = tf.VariableSynchronization.AUTO,
-        aggregation: Any = tf.VariableAggregation.NONE,
-        partitioner: Any = None,
+        axis: int | list[int] | tuple[int, ...] = -1,
+        momentum: Any = 0.99,
+        epsilon: float = 1e-3,
+        center: bool = True,
+        scale: bool = True,
+        beta_initializer: Any = v1.zeros_initializer(),  # noqa: B008 - the original's signature; stateless
+        gamma_initializer: Any = v1.ones_initializer(),  # noqa: B008
+        moving_mean_initializer: Any = v1.zeros_initializer(),  # noqa: B008
+        moving_variance_initializer: Any = v1.ones_initializer(),  # noqa: B008
+        beta_regularizer: Any = None,
+        gamma_regularizer: Any = None,
+        beta_constraint: Any = None,
+        gamma_constraint: Any = None,
+        renorm: bool = False,
+        renorm_clipping: dict[str, Any] | None = None,
+        renorm_momentum: Any = 0.99,
+        fused: bool | None = None,
+        trainable: bool = True,
+        virtual_batch_size: int | None = None,
+        adjustment: Callable[[Any], tuple[Any, Any]] | None = None,
+        name: str | None = None,
         **kwargs: Any,
-    ) -> Any:
-        """Make a variable in the layer's scope, or get the one that is there, through ``tf.compat.v1.get_variable``.
+    ) -> None:
+        self._options = Options(
+            axis=axis,
+            decay=momentum,
+            epsilon=epsilon,
+            center=center,
+            scale=scale,
+            renorm=renorm,
+            renorm_clipping=Clipping.of(renorm_clipping),
+            renorm_decay=renorm_momentum,
+            fused=fused,
+            virtual_batch_size=virtual_batch_size,
+            adjustment=adjustment,
+        )
+        functions = {
+            "beta_initializer": beta_initializer,
+            "gamma_initializer": gamma_initializer,
+            "moving_mean_initializer": moving_mean_initializer,
+            "moving_variance_initializer": moving_variance_initializer,
+            "beta_regularizer": beta_regularizer,
+            "gamma_regularizer": gamma_regularizer,
+            "beta_constraint": beta_constraint,
+            "gamma_constraint": gamma_constraint,
+        }
+        for argument, value in functions.items():
+            setattr(self, argument, get(argument, value))
+        super().__init__(trainable=trainable, name=name, **kwargs)
+        self._geometry: Geometry | None = None
+        self.kernel: str | None = None
+        """Name of what served the last call: ``"cpu"``, TensorFlow's ``"FusedBatchNormV3"``, or ``"composed"``."""
+        self.gamma: Any = None
+        self.beta: Any = None
+        self.supports_masking = False
 
-        Args:
-            name: Name within the scope.
-            shape: Its shape.
-            dtype: Its type; by default the layer's, or float32.
-            initializer: Function of shape and dtype; by default the scope's.
-            regularizer: Function of the variable to a penalty, added to `losses` when the variable is new.
-            trainable: Whether it may be trained; by default True unless it is synchronized on read.
-            constraint: Projection that an optimizer applies after each step.
-            use_resource: Whether it must be a resource variable.
-            synchronization: When replicas synchronize it.
-            aggregation: How replicas aggregate it.
-            partitioner: Function that splits it into parts.
-            **kwargs: ``experimental_autocast``, which means nothing here.
-
-        Returns:
-            The variable.
-
-        Raises:
-            ValueError: If a variable is synchronized on read and trainable.
-            TypeError: For an unknown keyword.
-        """
-        if set(kwargs) - {"experimental_autocast"}:
-            raise TypeError(f"add_weight() got unknown keyword arguments {sorted(kwargs)}.")
-        on_read = synchronization == tf.VariableSynchronization.ON_READ
-        if on_read and trainable:
-            raise ValueError("trainable must not be True with synchronization ON_READ.")
-        wanted = self.trainable and not on_read and trainable is not False
-        initializer, regularizer = get("initializer", initializer), get("regularizer", regularizer)
-        self._set_scope(None)
-        with self._entered() as scope:
-            before = {id(variable) for variable in v1.global_variables()} if regularizer else set()
-            variable = v1.get_variable(
-                name,
-                shape=shape,
-                dtype=tf.as_dtype(dtype or self._dtype or tf.float32),
-                initializer=initializer if initializer is not None else scope.initializer,
-                trainable=wanted,
-                constraint=get("constraint", constraint),
-                partitioner=partitioner,
-                use_resource=use_resource or scope.use_resource,
-                synchronization=synchronization,
-                aggregation=aggregation,
-            )
-            parts = _parts(variable)
-            if regularizer is not None and not any(id(part) in before for part in parts):
-                for part in parts:
-                    self.add_loss(_penalty(name, regularizer, part))
-        for part in parts:  # a custom getter may have made it untrainable
-            kept = wanted and getattr(part, "trainable", True)
-            (self._book.trainable if kept else self._book.non_trainable).append(part)
-        return variable
-
-    def add_variable(self, *args: Any, **kwargs: Any) -> Any:
-        """The same as `add_weight`."""
-        return self.add_weight(*args, **kwargs)
-
-    def get_weights(self) -> list[Any]:
-        """Read all variables as NumPy arrays, in the order of `weights`.
-
-        Raises:
-            RuntimeError: In a graph without a default session.
-        """
-        if tf.executing_eagerly():
-            return [variable.numpy() for variable in self.weights]
-        return self._session("get_weights").run(self.weights)  # type: ignore[no-any-return]
-
-    def set_weights(self, weights: Sequence[Any]) -> None:
-        """Set all variables from arrays, in the order of `weights`.
-
-        Raises:
-            ValueError: If the number or a shape of the arrays does not fit; nothing is set then.
-            RuntimeError: In a graph without a default session.
-        """
-        variables = self.weights
-        if len(variables) != len(weights):
-            raise ValueError(f"weights must hold {len(variables)} arrays for {self.name}; received {len(weights)}.")
-        for variable, value in zip(variables, weights, strict=True):
-            shape = getattr(value, "shape", ())
-            if not variable.shape.is_compatible_with(shape):
-                raise ValueError(f"weights must hold shape {variable.shape} for {variable.name}; received {shape}.")
-        if tf.executing_eagerly():
-            for variable, value in zip(variables, weights, strict=True):
-                variable.assign(value)
-            return
-        initializers = [variable.initializer for variable in variables]
-        feed = {one.inputs[1]: value for one, value in zip(initializers, weights, strict=True)}
-        self._session("set_weights").run(initializers, feed)
-
-    def _session(self, method: str) -> Any:
-        session = v1.get_default_session()
-        if session is None:
-            raise RuntimeError(f"{method} needs a default session in a graph: call it within `with session:`.")
-        return session
-
-    def count_params(self) -> int:
-        """Count the numbers in all variables.
-
-        Raises:
-            ValueError: Before the layer is built.
-        """
-        if not self.built:
-            raise ValueError(f"count_params is not known before layer {self.name} is built.")
-        return sum(variable.shape.num_elements() for variable in self.weights)
-
-    # Losses and updates.
+    # The options, under the names that the original gave them.
 
     @property
-    def losses(self) -> list[Any]:
-        """Losses of the layer: penalties of regularizers and what `add_loss` was given."""
-        return [loss for loss, _ in self._flagged_losses()]
-
-    def _flagged_losses(self) -> list[tuple[Any, bool]]:
-        flagged = []
-        for layer in self._layers():
-            for loss, unconditional in layer._book.losses:
-                value = loss() if callable(loss) else loss
-                if value is not None:
-                    flagged.append((value, unconditional))
-        return flagged
-
-    def add_loss(self, losses: Any, inputs: Any = None) -> None:
-        """Add losses: tensors, or functions of nothing that return one.
-
-        In a v1 graph they also go to the collection REGULARIZATION_LOSSES.
-
-        Args:
-            losses: One, or a list.
-            inputs: None if they hold for every input (such as penalties on variables), anything else if they depend
-                on the inputs of a call.
-        """
-        for loss in tf.nest.flatten(losses):
-            if loss is None:
-                continue
-            value = loss
-            if not tf.executing_eagerly():
-                value = loss() if callable(loss) else tf.convert_to_tensor(loss)
-                if value is None:
-                    continue
-                _collect([value], v1.GraphKeys.REGULARIZATION_LOSSES)
-            # A tensor of a function that is being traced cannot stand for the penalty of a variable, which outlives it.
-            lasting = callable(loss) and (v1.executing_eagerly_outside_functions() or tf.inside_function())
-            self._book.losses.append((loss if lasting else value, inputs is None))
-
-    def get_losses_for(self, inputs: Any) -> list[Any]:
-        """List the losses that depend on `inputs`, or with None those that depend on no input."""
-        if inputs is None:
-            return [loss for loss, unconditional in self._flagged_losses() if unconditional]
-        conditional = [loss for loss, unconditional in self._flagged_losses() if not unconditional]
-        return _depending(conditional, inputs)
+    def axis(self) -> int | list[int]:
+        """The feature axis or axes, as given."""
+        axis = self._options.axis
+        return axis if isinstance(axis, int) else list(axis)
 
     @property
-    def updates(self) -> list[Any]:
-        """Update operations of the layer in a graph; empty eagerly, and when the layer is not trainable."""
-        return [update for update, _ in self._recorded_updates()]
+    def momentum(self) -> Any:
+        """Weight of the old value in the moving averages."""
+        return self._options.decay
 
-    def _recorded_updates(self) -> list[tuple[Any, list[Any]]]:
-        if not self.trainable:
-            return []
-        return [record for layer in self._layers() if layer.trainable for record in layer._book.updates]
+    @property
+    def epsilon(self) -> Any:
+        """Added to the variance."""
+        return self._options.epsilon
 
-    def add_update(self, updates: Any) -> None:
-        """Record update operations; eagerly they have been run, and nothing is recorded."""
-        if tf.executing_eagerly():
-            return
-        inputs = _call_inputs.get()
-        if v1.executing_eagerly_outside_functions():
-            # A function that is traced anew leaves its operations behind; only those of the last graph are of use.
-            graph = v1.get_default_graph()
-            self._book.updates = [record for record in self._book.updates if record[0].graph is graph]
-        for update in tf.nest.flatten(updates):
-            self._book.updates.append((getattr(update, "op", update), inputs))
+    @property
+    def center(self) -> bool:
+        """Whether there is an offset."""
+        return self._options.center
 
-    def get_updates_for(self, inputs: Any) -> list[Any]:
-        """List the update operations that depend on `inputs`, or with None those that depend on no input."""
-        conditional: list[Any] = []
-        unconditional: list[Any] = []
-        for update, call_inputs in self._recorded_updates():
-            (conditional if _depending([update], call_inputs) else unconditional).append(update)
-        return unconditional if inputs is None else _depending(conditional, inputs)
+    @property
+    def scale(self) -> bool:
+        """Whether there is a scale."""
+        return self._options.scale
 
-    # Building and calling.
+    @property
+    def renorm(self) -> bool:
+        """Whether batch renormalization is used."""
+        return self._options.renorm
+
+    @property
+    def renorm_clipping(self) -> dict[str, Any]:
+        """Limits of the correction, those that were given."""
+        clipping = self._options.renorm_clipping
+        limits = {"rmin": clipping.rmin, "rmax": clipping.rmax, "dmax": clipping.dmax}
+        return {key: value for key, value in limits.items() if value is not None}
+
+    @property
+    def renorm_momentum(self) -> Any:
+        """Weight of the old value in the averages of renorm."""
+        return self._options.renorm_decay
+
+    @property
+    def fused(self) -> bool | None:
+        """Whether a fused implementation was asked for."""
+        return self._options.fused
+
+    @property
+    def virtual_batch_size(self) -> int | None:
+        """Samples in each virtual batch."""
+        return self._options.virtual_batch_size
+
+    @property
+    def adjustment(self) -> Callable[[Any], tuple[Any, Any]] | None:
+        """The function that gives scale and bias in training."""
+        return self._options.adjustment
+
+    @property
+    def _plan(self) -> Geometry:
+        if self._geometry is None:
+            raise ValueError(f"layer {self.name} has not been built.")
+        return self._geometry
+
+    @property
+    def _fusible(self) -> bool:
+        """Where the original took its fused path: plain batches of rank 4 or 5 with features on axis 1 or last.
+
+        The path shows: the moving variance is then the unbiased one. So the rule must stand, whatever kernel serves.
+        """
+        options, plan = self._options, self._plan
+        return (
+            options.fused is not False
+            and plan.rank in (4, 5)
+            and plan.axes in ((1,), (plan.rank - 1,))
+            and not options.renorm
+            and options.virtual_batch_size is None
+            and options.adjustment is None
+            and self.compute_dtype in (*_HALF, "float32")
+        )
+
+    # Building.
 
     def build(self, input_shape: Any) -> None:
-        """Make the variables for inputs of a shape. Subclasses override it."""
+        """Make the variables for inputs of a shape.
+
+        Raises:
+            ValueError: If the options do not fit the shape.
+        """
+        options = self._options
+        plan = self._plan_for(tf.TensorShape(input_shape))
+        if self._dtype is None:
+            self._set_dtype(tf.float32)
+        makers = {
+            "gamma": self.gamma_initializer,
+            "beta": self.beta_initializer,
+            "moving_mean": self.moving_mean_initializer,
+            "moving_variance": self.moving_variance_initializer,
+            "moving_stddev": self._initial_stddev,
+            "renorm_mean": self.moving_mean_initializer,
+            "renorm_stddev": self._initial_stddev,
+        }
+        dtype = tf.float32 if self._dtype in _HALF else tf.as_dtype(self._dtype)
+        for name in state.names(options):
+            keywords: dict[str, Any] = {}
+            if name in ("gamma", "beta"):
+                keywords = {
+                    "regularizer": getattr(self, f"{name}_regularizer"),
+                    "constraint": getattr(self, f"{name}_constraint"),
+                }
+            else:
+                keywords = {
+                    "trainable": False,
+                    "synchronization": tf.VariableSynchronization.ON_READ,
+                    "aggregation": tf.VariableAggregation.MEAN,
+                }
+            with _unpartitioned(self._scope if name not in ("gamma", "beta") else None):
+                variable = self.add_weight(name, plan.parameter_shape, dtype, makers[name], **keywords)
+            setattr(self, name, variable)
+        self._geometry = plan
+        self.input_spec = InputSpec(plan.rank, dict(plan.features))
         self.built = True
 
-    def call(self, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        """Compute the output. Subclasses override it."""
-        return inputs
+    def _plan_for(self, shape: Any) -> Geometry:
+        if shape.rank is None:
+            raise ValueError("inputs must have a known rank; received a tensor of unknown rank.")
+        axis = self._options.axis
+        return geometry.plan(
+            tuple(shape.as_list()),
+            axis if isinstance(axis, int) else tuple(axis),
+            self._options.virtual_batch_size,
+        )
 
-    def compute_output_shape(self, input_shape: Any) -> Any:
-        """The shape of the output for inputs of a shape."""
-        return input_shape
+    def _initial_stddev(self, shape: Any, dtype: Any = tf.float32, **kwargs: Any) -> Any:
+        return algebra.stddev(xp, self.moving_variance_initializer(shape, dtype=dtype, **kwargs), 0)
 
-    def __call__(self, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        """Build the layer if need be, and apply it.
+    # Calling.
+
+    @tf.autograph.experimental.do_not_convert
+    def __call__(self, inputs: Any, training: Any = False, **kwargs: Any) -> Any:
+        """Normalize a batch.
 
         Args:
-            inputs: A tensor, or whatever converts to one, or a structure of them.
-            *args: Passed to `call`.
-            **kwargs: Passed to `call`; ``scope``, a variable scope to build in.
+            inputs: Tensor of floating-point numbers.
+            training: Python bool or int, or a scalar boolean tensor such as a placeholder: whether to normalize by
+                the batch (and update the moving averages) or by the moving averages.
+            **kwargs: ``scope``, a variable scope to build in.
 
         Returns:
-            What `call` returns.
+            Tensor of the shape of `inputs`, of the layer's type.
+
+        Raises:
+            TypeError: If the inputs are not floating-point numbers, or `training` is not as above.
+            ValueError: If the inputs do not fit the options, or the shape that the layer was built for.
         """
-        inputs = tf.nest.map_structure(tf.convert_to_tensor, inputs)
-        self._set_scope(kwargs.pop("scope", None))
-        with self._entered():
-            if not self.built:
-                if self._compute_dtype is None:
-                    self._set_dtype(tf.nest.flatten(inputs)[0].dtype)
-                self.build(tf.nest.map_structure(lambda tensor: tensor.shape, inputs))
-                self.built = True
-            if self._initial_weights is not None:
-                values, self._initial_weights = self._initial_weights, None
-                self.set_weights(values)
-            if v1.executing_eagerly_outside_functions():  # losses of an earlier call are history
-                self._book.losses = [record for record in self._book.losses if record[1]]
-            token = _call_inputs.set(tf.nest.flatten(inputs))
-            try:
-                outputs = self.call(inputs, *args, **kwargs)
-                if self._activity_regularizer is not None:
-                    for output in tf.nest.flatten(outputs):
-                        loss = self._activity_regularizer(output)
-                        self.add_loss(loss / tf.cast(tf.shape(output)[0], loss.dtype), inputs)
-            finally:
-                _call_inputs.reset(token)
-        if not tf.executing_eagerly():
-            _collect(self.updates, v1.GraphKeys.UPDATE_OPS)
-        return outputs
+        # Whatever can be wrong is found before a variable is made.
+        inputs = tf.convert_to_tensor(inputs)
+        if not inputs.dtype.is_floating:
+            raise TypeError(f"inputs must be floating-point numbers; received dtype {inputs.dtype.name}.")
+        training = _condition(training)
+        plan = self._geometry or self._plan_for(inputs.shape)
+        if inputs.shape.rank is None:
+            raise ValueError(f"inputs must have rank {plan.rank}, as built for; received an unknown rank.")
+        shape = inputs.shape.as_list()
+        plan.check_input(shape)
+        if training is True:
+            plan.check_divides(shape[0])
+        return super().__call__(inputs, training=training, **kwargs)
 
-    def apply(self, *args: Any, **kwargs: Any) -> Any:
-        """The same as calling the layer."""
-        return self(*args, **kwargs)
+    def call(self, inputs: Any, training: Any = False) -> Any:
+        """Normalize a batch; `__call__` is what users call.
 
-    def _set_scope(self, scope: Any) -> None:
-        if self._scope is not None:
-            return
-        if self._reuse:
-            opened = v1.variable_scope(scope if scope is not None else self._base_name)
-        elif scope is None and v1.executing_eagerly_outside_functions() and tf.distribute.has_strategy():
-            # Eagerly every layer has variables of its own, whatever its name. But strategies keep variables by name
-            # even then, and would let layers of one name share them, or clash.
-            _replicated[self._base_name] += 1
-            opened = v1.variable_scope(f"{self._base_name}.{_replicated[self._base_name]}")
+        Args:
+            inputs: Tensor of the shape that the layer was built for.
+            training: As for `__call__`.
+
+        Returns:
+            Tensor of the shape of `inputs`, of the layer's type.
+        """
+        x = tf.cast(inputs, self.compute_dtype)
+        training = _condition(training)
+        if training is False:
+            return self._infer(x)
+        # Outside of any conditional, so that what it makes can be used by others, as in the original.
+        adjustment, by_feature = self._adjust(x)
+        if training is True:
+            y, moments = self._train(x, adjustment, by_feature)
         else:
-            opened = v1.variable_scope(scope, default_name=self._base_name)
-        with opened as self._scope:
-            pass
 
-    def _entered(self) -> Any:
-        return _Entered(self._scope, self.built or self._reuse)
+            def train() -> Any:
+                y, moments = self._train(x, adjustment, by_feature)
+                return y, moments.mean, moments.variance
+
+            y, mean, variance = tf.cond(
+                training, train, lambda: (self._infer(x), self._read("moving_mean"), self._read("moving_variance"))
+            )
+            moments = Moments(mean, variance, self._plan.whole.count(xp.shape(x)))
+        y.set_shape(inputs.shape)
+        self._update(moments, None if training is True else training)
+        return y
+
+    def _train(self, x: Any, adjustment: tuple[Any, Any] | None, by_feature: bool) -> tuple[Any, Moments]:
+        y, moments, self.kernel = compute.train(
+            x, self._plan, self._options, self._read, adjustment, by_feature, self._fusible
+        )
+        return y, moments
+
+    def _infer(self, x: Any) -> Any:
+        y, self.kernel = compute.infer(x, self._plan, self._options, self._read, self._fusible)
+        return y
+
+    def _update(self, moments: Moments, active: Any) -> None:
+        """Move the averages; in a graph, record the operations that do."""
+        if tf.distribute.has_strategy() and tf.distribute.in_cross_replica_context():
+            return  # replicas update; outside of them there is no batch of one's own
+        names = [name for name in state.names(self._options) if name not in ("gamma", "beta")]
+        if v1.executing_eagerly_outside_functions() and not self.trainable:
+            # Nothing for inference moves. As in the original, renorm's own averages do, for they serve training.
+            names = [name for name in names if name.startswith("renorm")]
+        moved = compute.move({name: getattr(self, name) for name in names}, moments, self._options, active)
+        if not tf.executing_eagerly():
+            means = [moved.pop(name) for name in ("moving_mean", "renorm_mean") if name in moved]
+            if means:
+                self.add_update([_grouped(means), _grouped(list(moved.values()))])
+
+    def _adjust(self, x: Any) -> tuple[tuple[Any, Any] | None, bool]:
+        """Ask for the adjustment of a batch, and tell whether it has one value for each feature."""
+        adjustment = self._options.adjustment
+        if adjustment is None:
+            return None, True
+        scale, bias = (xp.astensor(value, xp.wide(x)) for value in pair(adjustment(tf.shape(x))))
+        shapes = [None if value.shape.rank is None else value.shape.as_list() for value in (scale, bias)]
+        return (scale, bias), self._plan.check_adjustment(shapes, x.shape.as_list())
+
+    def _read(self, name: str) -> Any:
+        """Read a variable in the type of all arithmetic; None where there is none."""
+        variable = getattr(self, name)
+        wide = tf.float64 if self.compute_dtype == "float64" else tf.float32
+        return None if variable is None else tf.cast(tf.convert_to_tensor(variable), wide)
 
     # Configuration.
 
     def get_config(self) -> dict[str, Any]:
-        """The arguments from which `from_config` makes the same layer anew, without its variables."""
-        return {"name": self._name, "trainable": self.trainable, "dtype": self._dtype}
+        """The arguments of this layer, without its variables; an adjustment cannot be part of it.
 
-    @classmethod
-    def from_config(cls, config: dict[str, Any]) -> Any:
-        """Make a layer from the configuration of another."""
-        return cls(**config)
+        >>> layer = BatchNormalization(axis=[1, 2], renorm=True, renorm_clipping={"rmax": 3.0})
+        >>> BatchNormalization.from_config(layer.get_config()).renorm_clipping
+        {'rmax': 3.0}
+        """
+        config = {
+            "axis": self.axis,
+            "momentum": self.momentum,
+            "epsilon": self.epsilon,
+            "center": self.center,
+            "scale": self.scale,
+        }
+        for parameter in ("beta", "gamma", "moving_mean", "moving_variance"):
+            config[f"{parameter}_initializer"] = serialize(getattr(self, f"{parameter}_initializer"))
+        for kind in ("regularizer", "constraint"):
+            for parameter in ("beta", "gamma"):
+                config[f"{parameter}_{kind}"] = serialize(getattr(self, f"{parameter}_{kind}"))
+        if self.renorm:
+            config |= {
+                "renorm": True,
+                "renorm_clipping": self.renorm_clipping,
+                "renorm_momentum": self.renorm_momentum,
+            }
+        if self.fused is not None:
+            config["fused"] = self.fused
+        if self.virtual_batch_size is not None:
+            config["virtual_batch_size"] = self.virtual_batch_size
+        if self.adjustment is not None:
+            warnings.warn(
+                f"the adjustment of layer {self.name} is a function, and is left out of its configuration.",
+                stacklevel=2,
+            )
+        return super().get_config() | config
 
 
-class _Entered:
-    """The variable scope of a layer with its name scope."""
+def batch_normalization(  # noqa: D417 - the other arguments are those of the class
+    inputs: Any,
+    axis: int | list[int] | tuple[int, ...] = -1,
+    momentum: Any = 0.99,
+    epsilon: float = 1e-3,
+    center: bool = True,
+    scale: bool = True,
+    beta_initializer: Any = v1.zeros_initializer(),  # noqa: B008 - the original's signature; stateless
+    gamma_initializer: Any = v1.ones_initializer(),  # noqa: B008
+    moving_mean_initializer: Any = v1.zeros_initializer(),  # noqa: B008
+    moving_variance_initializer: Any = v1.ones_initializer(),  # noqa: B008
+    beta_regularizer: Any = None,
+    gamma_regularizer: Any = None,
+    beta_constraint: Any = None,
+    gamma_constraint: Any = None,
+    training: Any = False,
+    trainable: bool = True,
+    name: str | None = None,
+    reuse: Any = None,
+    renorm: bool = False,
+    renorm_clipping: dict[str, Any] | None = None,
+    renorm_momentum: Any = 0.99,
+    fused: bool | None = None,
+    virtual_batch_size: int | None = None,
+    adjustment: Callable[[Any], tuple[Any, Any]] | None = None,
+) -> Any:
+    """Make a `BatchNormalization` layer and apply it, for v1 graphs.
 
-    def __init__(self, scope: Any, reuse: Any) -> None:
-        self._variable_scope = v1.variable_scope(scope, reuse=reuse, auxiliary_name_scope=False)
+    Each call makes variables of its own, unless `reuse` and `name` (or an enclosing variable scope) say which to use
+    again; that needs a graph, so eagerly use the class.
 
-    def __enter__(self) -> Any:
-        scope = self._variable_scope.__enter__()
-        self._name_scope = tf.name_scope(scope.original_name_scope)
-        self._name_scope.__enter__()
-        return scope
+    Args:
+        inputs: Tensor of floating-point numbers.
+        axis: This and all others are as for `BatchNormalization`, but for these:
+        training: Whether to normalize by the batch; Python bool, or a scalar boolean tensor.
+        reuse: Whether to use the variables of an earlier layer of the same name; or ``tf.compat.v1.AUTO_REUSE``.
+
+    Returns:
+        Tensor of the shape of `inputs`.
+
+    Raises:
+        TypeError: For an argument of the wrong type.
+        ValueError: For a value out of range, or for options that exclude each other.
+
+    >>> with tf.Graph().as_default(), v1.Session() as session:
+    ...     x = v1.placeholder(tf.float32, [None, 3])
+    ...     y = batch_normalization(x, training=True, name="first")
+    ...     updates = v1.get_collection(v1.GraphKeys.UPDATE_OPS)
+    ...     [variable.name for variable in v1.trainable_variables()]
+    ['first/gamma:0', 'first/beta:0']
+    """
+    layer = BatchNormalization(
+        axis=axis,
+        momentum=momentum,
+        epsilon=epsilon,
+        center=center,
+        scale=scale,
+        beta_initializer=beta_initializer,
+        gamma_initializer=gamma_initializer,
+        moving_mean_initializer=moving_mean_initializer,
+        moving_variance_initializer=moving_variance_initializer,
+        beta_regularizer=beta_regularizer,
+        gamma_regularizer=gamma_regularizer,
+        beta_constraint=beta_constraint,
+        gamma_constraint=gamma_constraint,
+        renorm=renorm,
+        renorm_clipping=renorm_clipping,
+        renorm_momentum=renorm_momentum,
+        fused=fused,
+        trainable=trainable,
+        virtual_batch_size=virtual_batch_size,
+        adjustment=adjustment,
+        name=name,
+        _reuse=reuse,
+        _scope=name,
+    )
+    return layer.apply(inputs, training=training)
+
+
+class _unpartitioned:  # noqa: N801 - a context manager
+    """Statistics are never split, whatever partitioner the variable scope has."""
+
+    def __init__(self, scope: Any) -> None:
+        self._scope = scope
+
+    def __enter__(self) -> None:
+        if self._scope is not None:
+            self._partitioner = self._scope.partitioner
+            self._scope.set_partitioner(None)
 
     def __exit__(self, *error: Any) -> None:
-        self._name_scope.__exit__(*error)
-        self._variable_scope.__exit__(*error)
+        if self._scope is not None:
+            self._scope.set_partitioner(self._partitioner)
 
 
-_names_in_use: weakref.WeakKeyDictionary[Any, collections.Counter[str]] = weakref.WeakKeyDictionary()
-_replicated: collections.Counter[str] = collections.Counter()
+def _condition(training: Any) -> Any:
+    """True, False, or a boolean scalar tensor that is one of them later."""
+    if training is None:
+        return False
+    if tf.is_tensor(training):
+        tensor = tf.convert_to_tensor(training)
+        if tensor.shape.rank not in (0, None) or not (tensor.dtype.is_bool or tensor.dtype.is_integer):
+            raise ValueError(f"training must be a bool or a scalar boolean tensor; {received(training)}.")
+        value = tf.get_static_value(tensor)
+        return tf.cast(tensor, tf.bool) if value is None else bool(value)
+    if isinstance(training, (bool, numbers.Integral, np.bool_)):
+        return bool(training)
+    raise TypeError(f"training must be a bool or a scalar boolean tensor; {received(training)}.")
 
 
-def _unique_name(base: str) -> str:
-    """Number the layers of a graph from 1, as the original did."""
-    used = _names_in_use.setdefault(v1.get_default_graph(), collections.Counter())
-    used[base] += 1
-    return f"{base}_{used[base]}"
-
-
-def _snake_case(name: str) -> str:
-    return re.sub(r"([a-z0-9])([A-Z])", r"\1_\2", re.sub(r"(.)([A-Z][a-z0-9]+)", r"\1_\2", name)).lower()
-
-
-def _parts(variable: Any) -> list[Any]:
-    """The parts of a partitioned variable, or the variable itself."""
-    return list(variable) if hasattr(variable, "as_tensor") else [variable]
-
-
-def _penalty(name: str, regularizer: Callable[[Any], Any], variable: Any) -> Callable[[], Any]:
-    def penalty() -> Any:
-        with tf.name_scope(f"{name}/Regularizer"):
-            return regularizer(variable)
-
-    return penalty
-
-
-def _collect(elements: Sequence[Any], collection: str) -> None:
-    kept = v1.get_collection_ref(collection)
-    present = {id(element) for element in kept}
-    kept.extend(element for element in elements if id(element) not in present)
-
-
-def _depending(targets: Sequence[Any], inputs: Any) -> list[Any]:
-    """The tensors and operations among `targets` that any of `inputs` leads to; eagerly, where nothing tells, all."""
-    if tf.executing_eagerly():
-        return list(targets)
-    sources = {id(tensor) for tensor in tf.nest.flatten(inputs)}
-    found = []
-    for target in targets:
-        pending = [getattr(target, "op", target)]
-        seen = set()
-        while pending:
-            operation = pending.pop()
-            if operation in seen:
-                continue
-            seen.add(operation)
-            if any(id(tensor) in sources for tensor in operation.inputs):
-                found.append(target)
-                break
-            pending.extend(tensor.op for tensor in operation.inputs)
-            pending.extend(operation.control_inputs)
-    return found
+def _grouped(updates: list[Any]) -> Any:
+    return tf.group(*(update.op if tf.is_tensor(update) else update for update in updates))

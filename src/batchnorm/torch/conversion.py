@@ -64,7 +64,8 @@ def convert(module: nn.Module, **options: Any) -> nn.Module:
 
 def _wanted(layer: nn.Module, options: dict[str, Any]) -> dict[str, Any]:
     given = {name: options.get(name, getattr(layer, name, default)) for name, default in OPTIONS.items()}
-    checked(getattr(layer, "axis", 1), bool(layer.track_running_stats), given)
+    own = {name: getattr(layer, name) for name in ("eps", "momentum", "track_running_stats")}
+    checked(given, axis=getattr(layer, "axis", 1), **own)
     return given
 
 

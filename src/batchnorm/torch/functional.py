@@ -2,29 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
-from batchnorm.core import algebra, kernels
+from batchnorm.core import algebra, geometry, passes
+from batchnorm.core import normalize as core
 from batchnorm.core.algebra import Moments
-from batchnorm.core.options import Clipping, Options, received, scalar
-from batchnorm.native import KERNEL
+from batchnorm.core.geometry import Geometry
+from batchnorm.core.normalize import Renorm
+from batchnorm.core.options import Clipping, Options
+from batchnorm.core.options import pair as checked_pair
+from batchnorm.core.options import weight as weight_of_new
 
-from . import composed, native
+from . import autograd, cpu, layout, operators
 from . import namespace as xp
-from .composed import Pair
+from .cpu import KERNEL, Averages, Static
 
-__all__ = ["Limits", "batch_norm", "check", "feature_axes", "is_small", "normalize"]
+__all__ = ["TORCH", "Limits", "Pair", "batch_norm", "is_small", "is_traced", "normalize"]
 
+Pair = tuple[Tensor, Tensor]
 Limits = Mapping[str, float | Tensor] | None
 
 TORCH = "torch"
 """The name of PyTorch's own operator, where a layer says which kernel served."""
 SMALL = 1 << 17
-"""Values up to which PyTorch's own operator takes less time than handing tensors to the native kernels; with features
+"""Values up to which PyTorch's own operator takes less time than handing tensors to the CPU kernels; with features
 last, where its operator is better, four times as many."""
 
 
@@ -99,19 +104,26 @@ def batch_norm(
         raise ValueError("renorm_mean and renorm_stddev must be given together.")
     if renorm_mean is not None and (running_mean is None or running_var is None):
         raise ValueError("renorm_mean must come with running_mean and running_var; received None for one of them.")
-    options = check(
+    weight_of_new("momentum", momentum)
+    weight_of_new("renorm_momentum", renorm_momentum)
+    options = Options(
         axis=axis,
+        decay=1 - momentum,
+        center=bias is not None,
+        scale=weight is not None,
         renorm=renorm_mean is not None,
-        renorm_clipping=renorm_clipping,
-        renorm_momentum=renorm_momentum,
+        renorm_clipping=Clipping.of(renorm_clipping),
+        renorm_decay=1 - renorm_momentum,
         virtual_batch_size=virtual_batch_size,
         adjustment=None if adjustment is None else lambda shape: adjustment,
         fused=fused,
     )
-    renorm = None if renorm_mean is None or renorm_stddev is None else (renorm_mean, renorm_stddev)
+    renorm = None
+    if renorm_mean is not None and renorm_stddev is not None:
+        renorm = Renorm(renorm_mean, renorm_stddev, options.renorm_clipping)
     y, _ = normalize(
         input,
-        feature_axes(input, axis),
+        geometry.counted_axes(axis if isinstance(axis, int) else tuple(axis), input.shape),
         options,
         running=(running_mean, running_var),
         weight=weight,
@@ -120,45 +132,19 @@ def batch_norm(
         momentum=momentum,
         eps=eps,
         renorm=renorm,
-        clipping=options.renorm_clipping,
         renorm_momentum=renorm_momentum,
     )
     return y
 
 
-def check(
-    *,
-    axis: Any,
-    renorm: Any,
-    renorm_clipping: Any,
-    renorm_momentum: Any,
-    virtual_batch_size: Any,
-    adjustment: Callable[[Any], Any] | None,
-    fused: Any,
-) -> Options:
-    """Check the options that PyTorch's own layer does not have; a schedule of limits is left for later."""
-    scalar("renorm_momentum", renorm_momentum, 0, 1, "in [0, 1]")
-    return Options(
-        axis=axis,
-        renorm=renorm,
-        renorm_clipping=Clipping.of(None if callable(renorm_clipping) else renorm_clipping),
-        virtual_batch_size=virtual_batch_size,
-        adjustment=adjustment,
-        fused=fused,
-    )
+def is_traced() -> bool:
+    """Tell whether what is called now goes into a graph, or to a mode that looks at every operator."""
+    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
 
 
-def feature_axes(x: Tensor, axis: Any) -> tuple[int, ...]:
-    """Count axes from the start, ascending."""
-    given = (axis,) if isinstance(axis, int) else tuple(axis)
-    rank = x.dim()
-    for one in given:
-        if not -rank <= one < rank:
-            raise ValueError(
-                f"axis must be in [{-rank}, {rank}) for inputs of rank {rank}; received axis={axis} "
-                f"and an input of shape {tuple(x.shape)}."
-            )
-    return tuple(sorted(one % rank for one in given))
+def is_transformed() -> bool:
+    """Tell whether forward-mode derivatives or `torch.func` are at work."""
+    return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
 
 
 def normalize(
@@ -172,136 +158,118 @@ def normalize(
     training: bool,
     momentum: float | Tensor,
     eps: float,
-    renorm: Pair | None,
-    clipping: Clipping,
+    renorm: Renorm | None,
     renorm_momentum: float,
 ) -> tuple[Tensor, str]:
-    """Normalize, move what is to be moved, and name the kernel that served. Nothing moves if anything is wrong."""
+    """Normalize, move what is to be moved, and name the kernel that served. Nothing moves if anything is wrong.
+
+    Of `options` only what PyTorch's own layer does not have is read; the rest is given, as it is at this moment.
+    """
     if not training:
         return _evaluate(x, axes, options, running, weight, bias, eps)
     size = options.virtual_batch_size
     plain = axes == (1,) and renorm is None and size is None and options.adjustment is None
-    others = (*running, weight, bias, *(renorm or ()))
-    taken = native.takes(x, tuple([x.shape[axis] for axis in axes]), others)
+    others = (*running, weight, bias, *(() if renorm is None else renorm[:2]))
+    taken = cpu.takes(x, tuple([x.shape[axis] for axis in axes]), others)
     if not taken:
         wrong = _misfit(x, axes, others)
         if plain and (wrong or not _is_torch_s_mix(x, others)):  # PyTorch says what is wrong
             return torch.nn.functional.batch_norm(x, *running, weight, bias, True, 0.0, eps), TORCH
         if wrong:
             raise ValueError(wrong)
-    count = _check_batch(x, axes, size, eps)
-    pair, by_feature = (None, True) if options.adjustment is None else _adjust(options.adjustment, x, axes)
-    mode = native.mode()
-    kernel = _select(x, axes, options, momentum, plain, by_feature and count > 0, mode)
+    plan, count = _checked(x, axes, size, eps)
+    adjustment, by_feature = (None, True) if options.adjustment is None else _adjust(options, x, plan)
+    traced, transformed = is_traced(), is_transformed()
+    kernel = _select(x, plan, options.fused, momentum, plain, by_feature and count > 0, traced, transformed)
     if kernel == TORCH:
         return torch.nn.functional.batch_norm(x, *running, weight, bias, True, float(momentum), eps), kernel
-    layout = composed.memory_format(x)
-    keeps = kernel == KERNEL and len(axes) == 1
-    own = _laid_out(x, layout) if keeps else _with_gradients_like(x, layout, mode)
+    form = layout.memory_format(x)
+    if kernel == KERNEL and len(axes) == 1:
+        x = layout.in_format(x, form)
+    elif not traced and not transformed:  # where a gradient comes from elsewhere, its layout is nothing to insist on
+        x = layout.with_gradients_in_format(x, form)
     if kernel == KERNEL:
+        static = Static(eps, axes, size)
         averages = None
-        if taken and not mode.traced and not torch.is_tensor(momentum):
-            averages = native.Averages(running, momentum, count / (count - 1), renorm_momentum)
-        y, both = native.forward(
-            own,
-            native.How(eps, axes, size),
-            mode.traced,
-            weight=weight,
-            bias=bias,
-            adjustment=None if pair is None else _flat(pair, x, axes),
-            renorm=renorm,
-            clipping=clipping,
-            averages=averages,
-        )
-        y = _laid_out(y, layout)
-        if both is None:
+        if traced:
+            factor, offset = core.fold(xp, weight, bias, autograd.flat(x, plan, adjustment))
+            y, group_moments = operators.forward(x, factor, offset, renorm, static)
+        else:
+            if taken and not torch.is_tensor(momentum):
+                averages = Averages(running, momentum, algebra.bessel(count), renorm_momentum)
+            old, limits = (None, None) if renorm is None else (renorm[:2], cpu.limits(renorm.clipping))
+            y, group_moments = autograd.forward(x, weight, bias, adjustment, old, limits, static, plan, averages)
+        y = layout.in_format(y, form)
+        if averages is not None:
             return y, kernel
-        moments = Moments(*both.mean(dim=1))
+        moments = Moments(group_moments[0], group_moments[1], count)
+        if renorm is None:
+            moments = moments._replace(variance=algebra.unbiased_variance(xp, moments))
+        averaged = algebra.average_groups(xp, moments, 0)
     else:
-        seen = composed.plan(x, axes, size)
-        y, moments = composed.train(
-            own, seen, eps, weight=weight, bias=bias, adjustment=pair, renorm=renorm, clipping=clipping
+        trained = core.train(
+            xp,
+            x.to(layout.wide(x)),
+            plan,
+            eps,
+            gamma=weight,
+            beta=bias,
+            adjustment=adjustment,
+            renorm=renorm,
+            unbiased=renorm is None,
         )
-        y = y.contiguous(memory_format=layout)
-    shape = [x.shape[axis] for axis in axes]
-    moments = Moments(*(moment.reshape(shape) for moment in moments))
-    if count > 0:
-        _move(moments, count, running, momentum, eps, renorm, renorm_momentum)
+        y, averaged = trained.y.to(x.dtype).contiguous(memory_format=form), trained.averaged
+    _move(averaged, plan, running, momentum, eps, renorm, renorm_momentum)
     return y, kernel
-
-
-class _GradientsLike(torch.autograd.Function):
-    """The same, with a gradient in a given layout."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, layout: torch.memory_format) -> Tensor:
-        ctx.layout = layout
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return gradient.contiguous(memory_format=ctx.layout), None
-
-
-def _laid_out(x: Tensor, layout: torch.memory_format) -> Tensor:
-    return x if x.is_contiguous(memory_format=layout) else x.contiguous(memory_format=layout)
-
-
-def _with_gradients_like(x: Tensor, layout: torch.memory_format, mode: native.Mode) -> Tensor:
-    if mode.traced or mode.transformed:
-        return x  # where a gradient comes from elsewhere, its layout is nothing to insist on
-    kept: Tensor = _GradientsLike.apply(x, layout)  # type: ignore[no-untyped-call]
-    return kept
 
 
 def _select(
     x: Tensor,
-    axes: tuple[int, ...],
-    options: Options,
+    plan: Geometry,
+    fused: bool | None,
     momentum: float | Tensor,
     plain: bool,
-    serves: bool,
-    mode: native.Mode,
+    by_feature: bool,
+    traced: bool,
+    transformed: bool,
 ) -> str:
-    if options.fused is False or mode.transformed:  # of which PyTorch's operator has wrong second derivatives
-        return kernels.COMPOSED
-    if plain and not mode.traced and is_small(x):
-        return TORCH
-    torch_serves = plain and not (torch.is_tensor(momentum) and torch.compiler.is_compiling())
-    if torch_serves and mode.traced and torch.compiler.is_exporting():  # programs that hold nothing of this package
-        return TORCH
-    native_serves = serves and native.serves(x, axes, options.virtual_batch_size, mode)
-    return kernels.select(options.fused, {KERNEL: native_serves, TORCH: torch_serves})
+    """Choose who serves a training step; PyTorch's operator goes first where it is the faster one, or is wanted."""
+    if transformed:  # of which PyTorch's operator has wrong second derivatives, and the kernels know nothing
+        return passes.COMPOSED
+    serves = {
+        KERNEL: by_feature and cpu.serves(x, plan, traced),
+        TORCH: plain and not (torch.is_tensor(momentum) and torch.compiler.is_compiling()),
+    }
+    # Exported programs are to hold nothing of this package.
+    if torch.compiler.is_exporting() if traced else is_small(x):
+        serves = {TORCH: serves.pop(TORCH), **serves}
+    return passes.select(fused, serves)
 
 
 @torch.no_grad()
 def _move(
-    moments: Moments,
-    count: int,
+    averaged: Moments,
+    plan: Geometry,
     running: tuple[Tensor | None, Tensor | None],
     momentum: float | Tensor,
     eps: float,
-    renorm: Pair | None,
+    renorm: Renorm | None,
     renorm_momentum: float,
 ) -> None:
-    running_mean, running_var = running
-
-    def move(average: Tensor, value: Tensor, weight: float | Tensor) -> None:
-        average.lerp_(value.to(average.dtype), weight.to(average.dtype) if torch.is_tensor(weight) else weight)
-
-    if running_mean is not None:
-        move(running_mean, moments.mean, momentum)
-    if renorm is None:
-        if running_var is not None:
-            move(running_var, algebra.bessel(xp, moments.variance, count), momentum)
-        return
-    sigma = algebra.stddev(xp, moments.variance, eps)
-    if running_var is not None:
-        running_stddev = algebra.stddev(xp, running_var.to(sigma.dtype), eps)
-        move(running_stddev, sigma, momentum)
-        running_var.copy_(algebra.inference_variance(xp, running_stddev, eps))
-    move(renorm[0], moments.mean, renorm_momentum)
-    move(renorm[1], sigma, renorm_momentum)
+    mean, variance = (value.reshape(plan.feature_sizes) for value in averaged[:2])
+    averages = {"moving_mean": running[0], "moving_variance": running[1]}
+    if renorm is not None:
+        averages |= {"renorm_mean": renorm.mean, "renorm_stddev": renorm.stddev}
+    moved = algebra.step(
+        xp,
+        {name: average for name, average in averages.items() if average is not None},
+        Moments(mean, variance, averaged.count),
+        eps,
+        rate=momentum,
+        renorm_rate=renorm_momentum,
+    )
+    for name, value in moved.items():
+        averages[name].copy_(value)  # type: ignore[union-attr]
 
 
 def _evaluate(
@@ -313,7 +281,7 @@ def _evaluate(
     bias: Tensor | None,
     eps: float,
 ) -> tuple[Tensor, str]:
-    kernel = kernels.select(options.fused, {TORCH: axes == (1,)})
+    kernel = passes.select(options.fused, {TORCH: axes == (1,)})
     if kernel != TORCH:
         _check_type(x)
         if eps < 0:
@@ -323,10 +291,15 @@ def _evaluate(
         return torch.nn.functional.batch_norm(x, mean, variance, weight, bias, False, 0.0, eps), TORCH
     if wrong := _misfit(x, axes, (*running, weight, bias)):
         raise ValueError(wrong)
-    layout = composed.memory_format(x)
-    own, seen = _with_gradients_like(x, layout, native.mode()), composed.plan(x, axes, None)
-    y = composed.evaluate(own, seen, eps, Moments(mean, variance), weight, bias)
-    return y.contiguous(memory_format=layout), kernel
+    form = layout.memory_format(x)
+    if not is_traced() and not is_transformed():
+        x = layout.with_gradients_in_format(x, form)
+    plan = layout.plan(x, axes, None)
+    y: Tensor = core.infer(xp, x.to(layout.wide(x)), plan, eps, mean, variance, gamma=weight, beta=bias)
+    return y.to(x.dtype).contiguous(memory_format=form), kernel
+
+
+# ---- Checks, in PyTorch's words.
 
 
 def _check_type(x: Tensor) -> None:
@@ -342,31 +315,15 @@ def _is_torch_s_mix(x: Tensor, others: tuple[Tensor | None, ...]) -> bool:
     return not types or types == {x.dtype} or (types == {torch.float32} and x.dtype in (torch.float16, torch.bfloat16))
 
 
-def _check_batch(x: Tensor, axes: tuple[int, ...], virtual_batch_size: int | None, eps: float) -> int:
-    """Count the values of each feature in a (virtual) batch."""
+def _checked(x: Tensor, axes: tuple[int, ...], virtual_batch_size: int | None, eps: float) -> tuple[Geometry, int]:
+    """Work out the geometry of a training step, and count the values of each feature in a (virtual) batch."""
     _check_type(x)
-    if virtual_batch_size is not None and 0 in axes:
-        raise ValueError(
-            f"axis cannot include the batch axis 0 with virtual_batch_size={virtual_batch_size}; received axis={axes}."
-        )
-    shape = x.shape
-    features = 1
-    for axis in axes:
-        features *= shape[axis]
-    count = x.numel() // features if features else 0
-    if virtual_batch_size is not None:
-        samples = x.shape[0]
-        if samples % virtual_batch_size:
-            raise ValueError(
-                f"virtual_batch_size must divide the batch size in training; received a batch of {samples} samples and "
-                f"virtual_batch_size={virtual_batch_size}."
-            )
-        count = count // (samples // virtual_batch_size) if samples else 0
+    plan, count = layout.training_plan(x, axes, virtual_batch_size)
     if count == 1:
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.size()}")
     if eps <= 0:
         raise ValueError(f"batch_norm eps must be positive during training, but got {eps}")
-    return count
+    return plan, count
 
 
 def _misfit(x: Tensor, axes: tuple[int, ...], values: tuple[Tensor | None, ...]) -> str | None:
@@ -387,30 +344,16 @@ def _misfit(x: Tensor, axes: tuple[int, ...], values: tuple[Tensor | None, ...])
     return None
 
 
-def _adjust(adjustment: Callable[[Any], Any], x: Tensor, axes: tuple[int, ...]) -> tuple[Pair, bool]:
+def _adjust(options: Options, x: Tensor, plan: Geometry) -> tuple[Pair, bool]:
     """Ask for the adjustment of a batch, and tell whether it has one value for each feature."""
-    pair = adjustment(x.shape)
-    if not isinstance(pair, (list, tuple)) or len(pair) != 2:
-        raise ValueError(f"adjustment must return a pair (scale, bias); {received(pair)}.")
-    tensors, by_feature = [], True
-    for value in pair:
-        tensor = value if torch.is_tensor(value) else torch.as_tensor(value, device=x.device, dtype=composed.wide(x))
-        if tensor.device != x.device:
+    assert options.adjustment is not None
+    first, second = (
+        value if torch.is_tensor(value) else torch.as_tensor(value, device=x.device, dtype=layout.wide(x))
+        for value in checked_pair(options.adjustment(x.shape))
+    )
+    for value in (first, second):
+        if value.device != x.device:
             raise ValueError(
-                f"adjustment must return tensors on the input's device, {x.device}; received one on {tensor.device}."
+                f"adjustment must return tensors on the input's device, {x.device}; received one on {value.device}."
             )
-        lead = x.dim() - tensor.dim()
-        if lead < 0 or any(size not in (1, x.shape[lead + axis]) for axis, size in enumerate(tensor.shape)):
-            raise ValueError(
-                f"adjustment must return tensors that broadcast to the input's shape {tuple(x.shape)}; "
-                f"received shape {tuple(tensor.shape)}."
-            )
-        by_feature = by_feature and all(size == 1 or lead + axis in axes for axis, size in enumerate(tensor.shape))
-        tensors.append(tensor)
-    return (tensors[0], tensors[1]), by_feature
-
-
-def _flat(pair: Pair, x: Tensor, axes: tuple[int, ...]) -> Pair:
-    shape = [size if axis in axes else 1 for axis, size in enumerate(x.shape)]
-    scale, bias = (value.expand(shape).reshape(-1) for value in pair)
-    return scale, bias
+    return (first, second), plan.check_adjustment((first.shape, second.shape), x.shape)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -9,11 +10,13 @@ import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from batchnorm.core.options import Clipping, Options, received
+from batchnorm.core import algebra, geometry
+from batchnorm.core.normalize import Renorm
+from batchnorm.core.options import Clipping, Options, received, small_number, weight
 
-from . import functional, native
-from .composed import Pair
-from .functional import Limits
+from . import functional
+from . import namespace as xp
+from .functional import Limits, Pair
 
 __all__ = ["OPTIONS", "BatchNorm", "BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "Layer"]
 
@@ -30,14 +33,13 @@ OPTIONS = {
 }
 """The options that PyTorch's own layers do not have, with their defaults."""
 RENORM = ("renorm_mean", "renorm_stddev")
-UNLIMITED = Clipping()
 
 
 class Layer(_BatchNorm):
     """What the modules of this package have in common.
 
     Attributes:
-        kernel: Who served the last call: ``"native"``, ``"torch"`` (its own operator) or ``"composed"``.
+        kernel: Who served the last call: ``"cpu"``, ``"torch"`` (its own operator) or ``"composed"``.
         renorm_mean: renorm's average of the batches' means, or None without renorm.
         renorm_stddev: renorm's average of sqrt(v + eps), or None without renorm.
     """
@@ -74,7 +76,7 @@ class Layer(_BatchNorm):
             "adjustment": adjustment,
             "fused": fused,
         }
-        checked(self.axis, track_running_stats, given)
+        checked(given, axis=self.axis, eps=eps, momentum=momentum, track_running_stats=track_running_stats)
         super().__init__(
             num_features,  # type: ignore[arg-type]  # several axes have several sizes
             eps,
@@ -90,26 +92,41 @@ class Layer(_BatchNorm):
         self.reset_renorm()
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Set an attribute; an option is checked, and takes effect at the next call."""
-        if name in OPTIONS and "options" in self.__dict__:
-            self.configure({option: getattr(self, option) for option in OPTIONS} | {name: value})
-        else:
+        """Set an attribute; an option, eps or momentum is checked, and takes effect at the next call."""
+        if "_given" not in self.__dict__ or name not in (*OPTIONS, "eps", "momentum"):
             super().__setattr__(name, value)
+        elif name in OPTIONS:
+            self.configure(self._given | {name: value})
+        else:
+            checked(self._given, **self._own() | {name: value})
+            super().__setattr__(name, value)
+
+    @property
+    def options(self) -> Options:
+        """All that is asked for at this moment, under the names of `batchnorm.core`."""
+        return dataclasses.replace(
+            checked(self._given, **self._own()), center=self.bias is not None, scale=self.weight is not None
+        )
+
+    def _own(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in ("axis", "eps", "momentum", "track_running_stats")}
 
     def configure(self, given: dict[str, Any]) -> None:
         """Take over options; renorm's averages are made, or go."""
-        self.options = checked(self.axis, self.track_running_stats, given)
-        self._plain = Options(axis=self.axis, fused=self.options.fused)  # of evaluation
-        self._simple = self.options == self._plain and self.axis == 1 and self.options.fused is not False
+        asked = checked(given, **self._own())
+        self._asked, self._given = asked, given
+        self._plain = Options(axis=self.axis, fused=asked.fused)  # of evaluation
+        named = (asked.renorm, asked.virtual_batch_size, asked.adjustment)
+        self._simple = named == (False, None, None) and self.axis == 1 and asked.fused is not False
         for name, value in given.items():
             super().__setattr__(name, value)
-        if self.options.renorm:
+        if asked.renorm:
             assert self.running_mean is not None
             assert self.running_var is not None
             if getattr(self, "renorm_mean", None) is None:
                 with torch.no_grad():
                     self.register_buffer("renorm_mean", self.running_mean.clone())
-                    self.register_buffer("renorm_stddev", torch.sqrt(self.running_var + self.eps))
+                    self.register_buffer("renorm_stddev", algebra.stddev(xp, self.running_var, self.eps))
         else:
             for name in RENORM:
                 self.register_buffer(name, None)
@@ -130,7 +147,7 @@ class Layer(_BatchNorm):
     def forward(self, input: Tensor) -> Tensor:
         """Normalize a batch; in training by itself, moving the statistics."""
         self._check_input_dim(input)  # type: ignore[no-untyped-call]
-        if self._simple and self.training and functional.is_small(input) and not native.is_traced():
+        if self._simple and self.training and functional.is_small(input) and not functional.is_traced():
             return self._forward_small(input)
         tracked = self.track_running_stats or not self.training
         running = (self.running_mean, self.running_var) if tracked else (None, None)
@@ -138,13 +155,13 @@ class Layer(_BatchNorm):
         momentum: float | Tensor = 0.0 if self.momentum is None else self.momentum
         if self.momentum is None and batches is not None:  # the plain average of all batches
             momentum = 1.0 / (batches + 1) if torch.compiler.is_compiling() else 1.0 / (float(batches) + 1)
-        renorm, clipping = None, UNLIMITED
+        renorm = None
         if self.training and self.renorm_mean is not None and self.renorm_stddev is not None and running[0] is not None:
-            renorm, clipping = (self.renorm_mean, self.renorm_stddev), self._clipping()
+            renorm = Renorm(self.renorm_mean, self.renorm_stddev, self._clipping())
         y, kernel = functional.normalize(
             input,
             self._axes(input),
-            self.options if self.training else self._plain,
+            self._asked if self.training else self._plain,
             running=running,
             weight=self.weight,
             bias=self.bias,
@@ -152,7 +169,6 @@ class Layer(_BatchNorm):
             momentum=momentum,
             eps=self.eps,
             renorm=renorm,
-            clipping=clipping,
             renorm_momentum=self.renorm_momentum,
         )
         if batches is not None:
@@ -182,7 +198,7 @@ class Layer(_BatchNorm):
 
     def _clipping(self) -> Clipping:
         if not callable(self.renorm_clipping):
-            return self.options.renorm_clipping
+            return self._asked.renorm_clipping
         return Clipping.of(self.renorm_clipping(self.num_batches_tracked))
 
     def extra_repr(self) -> str:
@@ -198,13 +214,31 @@ class Layer(_BatchNorm):
         known = any(prefix + name in state_dict for name in RENORM)
         if self.renorm_mean is not None and not known and mean is not None and variance is not None:
             state_dict[prefix + "renorm_mean"] = mean.clone()
-            state_dict[prefix + "renorm_stddev"] = torch.sqrt(variance + self.eps)
+            state_dict[prefix + "renorm_stddev"] = algebra.stddev(xp, variance, self.eps)
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
 
-def checked(axis: int | tuple[int, ...], track_running_stats: bool, given: dict[str, Any]) -> Options:
-    """Check the options of a layer, before it has changed."""
-    options = functional.check(axis=axis, **given)
+def checked(
+    given: dict[str, Any], *, axis: int | tuple[int, ...], eps: Any, momentum: Any, track_running_stats: bool
+) -> Options:
+    """Check everything that a layer is asked for, before it has changed; a schedule of limits is left for later."""
+    small_number("eps", eps)
+    for name, value in (("momentum", momentum), ("renorm_momentum", given["renorm_momentum"])):
+        if value is not None or name != "momentum":
+            weight(name, value)
+    clipping = given["renorm_clipping"]
+    options = Options(
+        axis=axis,
+        decay=Options.decay if momentum is None else 1 - momentum,
+        epsilon=eps,
+        renorm=given["renorm"],
+        renorm_clipping=Clipping.of(None if callable(clipping) else clipping),
+        renorm_decay=1 - given["renorm_momentum"],
+        virtual_batch_size=given["virtual_batch_size"],
+        adjustment=given["adjustment"],
+        fused=given["fused"],
+        cumulative=momentum is None,
+    )
     if options.renorm and not track_running_stats:
         raise ValueError("track_running_stats must be True with renorm=True; received False.")
     return options
@@ -308,7 +342,7 @@ class BatchNorm(Layer):
         super().__init__(num_features, *arguments, **options)
 
     def _axes(self, input: Tensor) -> tuple[int, ...]:
-        return functional.feature_axes(input, self.axis)
+        return geometry.counted_axes(self.axis, input.shape)
 
     def _check_input_dim(self, input: Tensor) -> None:
         self._axes(input)

@@ -1,0 +1,62 @@
+// The moving averages; mirrors batchnorm/core/algebra.py.
+#include <cmath>
+
+#include "kernels.hpp"
+
+namespace batchnorm {
+namespace {
+
+constexpr int64_t BLOCK = 256;  // parameters that groups are added up for at a time, each group's as they lie in memory
+
+template <class T>
+void add(const char* from, double* __restrict sums, int64_t n) {
+  for (int64_t c = 0; c < n; c++) {
+    T value;  // which need not be aligned
+    std::memcpy(&value, from + c * static_cast<int64_t>(sizeof(T)), sizeof(T));
+    sums[c] += static_cast<double>(value);
+  }
+}
+
+// The means over groups of n parameters from the i-th on.
+void average(const Values& of, const Averages& p, int64_t i, int64_t n, double* means) {
+  for (int64_t c = 0; c < n; c++) means[c] = 0;
+  for (int64_t g = 0; g < p.groups; g++) {
+    auto* from = static_cast<const char*>(of.at(g * p.parameters + i));
+    of.doubles ? add<double>(from, means, n) : add<float>(from, means, n);
+  }
+  double share = p.groups ? 1 / static_cast<double>(p.groups) : 0;
+  for (int64_t c = 0; c < n; c++) means[c] *= share;
+}
+
+void move(const Values& average, int64_t i, double value, double weight) {
+  if (average) average.set(i, average.get(i) + (value - average.get(i)) * weight);
+}
+
+void move_parameter(const Averages& p, int64_t i, double mean, double variance) {
+  move(p.running_mean, i, mean, p.momentum);
+  if (!p.renorm_mean) return move(p.running_variance, i, variance * p.bessel, p.momentum);
+  double sigma = std::sqrt(variance + p.epsilon);
+  if (p.running_variance) {
+    double stddev = p.running_stddev ? p.running_stddev.get(i) : std::sqrt(p.running_variance.get(i) + p.epsilon);
+    stddev += (sigma - stddev) * p.momentum;
+    if (p.running_stddev) p.running_stddev.set(i, stddev);
+    double left = stddev * stddev - p.epsilon;
+    p.running_variance.set(i, left < 0 ? 0 : left);  // NaN stays
+  }
+  move(p.renorm_mean, i, mean, p.renorm_momentum);
+  move(p.renorm_stddev, i, sigma, p.renorm_momentum);
+}
+
+}  // namespace
+
+void track(const Averages& p) {
+  for (int64_t i = 0; i < p.parameters; i += BLOCK) {
+    int64_t n = p.parameters - i < BLOCK ? p.parameters - i : BLOCK;
+    double mean[BLOCK], variance[BLOCK];
+    average(p.mean, p, i, n, mean);
+    average(p.variance, p, i, n, variance);
+    for (int64_t c = 0; c < n; c++) move_parameter(p, i + c, mean[c], variance[c]);
+  }
+}
+
+}  // namespace batchnorm

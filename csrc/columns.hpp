@@ -1,0 +1,126 @@
+// Short runs: rows of blocks that are next to each other, with every value a column of its own. So long stretches are
+// read, whatever is short: the runs of features in the middle, or the rows of a group with features last.
+#pragma once
+
+#include "parts.hpp"
+
+namespace batchnorm {
+namespace {
+
+constexpr int64_t COLUMNS_STRETCH = 32 * 1024;  // bytes that should be read side by side
+constexpr int64_t SHORT = 2048;                 // bytes of the rows of a group side by side that are so few
+constexpr int64_t FEW = 16;                     // rows of a group, whose moments take longer than its data
+
+// x[rows][blocks][repeats][numbers], with moments for each number of each block. With features in the middle a block is
+// a feature, and repeats are its values in a row; with features last a block is a group, its numbers are the features,
+// and repeats are its rows next to each other.
+template <class E>
+class Columns {
+ public:
+  using Element = E;
+  using Value = typename E::Value;
+  static constexpr bool WHOLE = false, FEW_ROWS = false;
+
+  static bool serves(const View& view) {
+    if (view.inner > 1) return view.inner < 2 * W;
+    if (view.groups == 1 || (view.span == 1 && view.group_rows() <= FEW && view.features >= 2 * W)) return false;
+    return view.span * view.features * static_cast<int64_t>(sizeof(typename E::Stored)) <= SHORT;
+  }
+
+  Columns(const View& view, int64_t arrays, bool waits)
+      : alone(view.size() < ALONE), all_groups(view.inner > 1), v(view), past_(goes_past_caches<E>(view)) {
+    if (!all_groups) v = {view.rows / (view.groups * view.span), 1, 1, view.groups, view.span * view.features};
+    numbers_ = all_groups ? 1 : view.features;
+    features = v.features * numbers_;
+    block_ = features_at_once<E>(v, (waits && all_groups ? v.rows : v.group_rows()) * arrays, COLUMNS_STRETCH, alone);
+    tasks = ceil_div(v.features, block_);
+  }
+
+  bool alone;
+  const bool all_groups;
+  int64_t tasks, features;
+
+  Part part(int64_t task) const {
+    return {
+        task * block_ * numbers_, least(v.features, (task + 1) * block_) * numbers_, 0, v.groups, 0, v.group_rows()};
+  }
+
+  int64_t columns(const Part& part) const { return part.features() / numbers_ * v.inner; }
+  template <class T>
+  void spread(const Part& part, T* values) const {
+    if (v.inner == numbers_) return;
+    for (int64_t b = part.features() / numbers_ - 1; b >= 0; b--) {  // from the end, for they lie at the beginning
+      T *from = values + b * numbers_, *to = values + b * v.inner;
+      if (numbers_ == 1) {
+        fill(to, v.inner, T{*from});
+      } else {
+        for (int64_t c = 0; c < numbers_; c++) to[c] = from[c];
+        for (int64_t k = numbers_; k < v.inner; k++) to[k] = to[k - numbers_];
+      }
+    }
+  }
+
+  void origin(const Arrays<E, 1>& x, int64_t group, const Part& part, Value* origin) const {
+    Scratch scratch;
+    double *sums = scratch.take<double>(columns(part)), *squares = scratch.take<double>(columns(part));
+    int64_t some = least(part.rows(), FIRST);
+    fill(sums, columns(part), 0.0);
+    rows<1>(x, group, part, some, [&](const Arrays<E, 1>* at, int64_t n) {
+      sum_few_rows<MomentsFormula, E>(at, n, columns(part), nullptr, sums, squares);
+    });
+    fold(part, sums);
+    double share = 1 / static_cast<double>(most<int64_t>(some * (v.inner / numbers_), 1));
+    for (int64_t c = 0; c < part.features(); c++) origin[c] = static_cast<Value>(sums[c] * share);
+  }
+
+  template <class Formula>
+  void sums(const Arrays<E, Formula::ARRAYS>& from, int64_t group, const Part& part, const Value* origin,
+            double* firsts, double* seconds) const {
+    fill(firsts, columns(part), 0.0);
+    fill(seconds, columns(part), 0.0);
+    rows<Formula::ARRAYS>(from, group, part, part.rows(), [&](const Arrays<E, Formula::ARRAYS>* at, int64_t n) {
+      sum_rows<Formula, E>(at, n, columns(part), origin, firsts, seconds);
+    });
+    fold(part, firsts);
+    fold(part, seconds);
+  }
+
+  template <class Formula>
+  void map(const Arrays<E, Formula::ARRAYS>& arrays, int64_t group, const Part& part,
+           Value* const (&coefficients)[Formula::COEFFICIENTS]) const {
+    rows<Formula::ARRAYS>(arrays, group, part, part.rows(), [&](const Arrays<E, Formula::ARRAYS>* at, int64_t n) {
+      map_rows<Formula, E>(at, n, columns(part), past_, coefficients);
+    });
+    if (past_) fence();
+  }
+
+ private:
+  void fold(const Part& part, double* sums) const {
+    if (v.inner == numbers_) return;
+    for (int64_t b = 0; b < part.features() / numbers_; b++)
+      for (int64_t c = 0; c < numbers_; c++) {
+        double sum = 0;
+        for (int64_t k = c; k < v.inner; k += numbers_) sum += sums[b * v.inner + k];
+        sums[b * numbers_ + c] = sum;
+      }
+  }
+
+  // Calls body with up to ROWS of the first `count` rows at a time.
+  template <int N, class Body>
+  void rows(const Arrays<E, N>& arrays, int64_t group, const Part& part, int64_t count, Body&& body) const {
+    int64_t block = part.begin_feature / numbers_;
+    for (int64_t begin = 0; begin < count; begin += ROWS) {
+      Arrays<E, N> at[ROWS];
+      int64_t n = least(ROWS, count - begin);
+      for (int64_t i = 0; i < n; i++) at[i] = arrays.at((row_of(v, group, begin + i) * v.features + block) * v.inner);
+      body(at, n);
+    }
+  }
+
+  View v;  // with blocks for features
+  int64_t numbers_, block_;
+  bool past_;
+};
+
+}  // namespace
+}  // namespace batchnorm

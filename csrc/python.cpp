@@ -1,0 +1,436 @@
+// The kernels for Python. What a call needs is by keyword, so that no two arrays are swapped unseen.
+//
+// Array methods take anything that exchanges arrays through the buffer protocol or DLPack, and check everything, so
+// that no call reads or writes outside of an array. The methods by address are for arrays that take longer to exchange
+// than small batches take to normalize: they check what an address can tell, and trust their caller with the rest.
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/string.h>
+
+#include <climits>
+#include <cmath>
+#include <cstdint>
+#include <limits>
+#include <optional>
+#include <string>
+
+#include "kernels.hpp"
+#include "threads.hpp"
+
+namespace nb = nanobind;
+using namespace batchnorm;
+
+namespace {
+
+using In = nb::ndarray<nb::ro, nb::c_contig, nb::device::cpu>;
+using Out = nb::ndarray<nb::c_contig, nb::device::cpu>;
+
+[[noreturn]] void refuse(const std::string& message) { throw nb::value_error(message.c_str()); }
+[[noreturn]] void refuse_type(const std::string& message) { throw nb::type_error(message.c_str()); }
+
+constexpr const char* TYPES[] = {"float32", "float64", "float16", "bfloat16"};
+
+Type type_named(const std::string& name) {
+  for (int i = 0; i < 4; i++)
+    if (name == TYPES[i]) return static_cast<Type>(i);
+  refuse("dtype must be float32, float64, float16 or bfloat16; received " + name);
+}
+
+// bfloat16 has no code in the buffer protocol, so its arrays come as unsigned 16-bit integers.
+nb::dlpack::dtype element_of(Type type) {
+  switch (type) {
+    case Type::float32: return nb::dtype<float>();
+    case Type::float64: return nb::dtype<double>();
+    case Type::float16: return {static_cast<uint8_t>(nb::dlpack::dtype_code::Float), 16, 1};
+    default: return nb::dtype<uint16_t>();
+  }
+}
+
+// Whether sizes can be told in bytes without overflow.
+bool countable(const View& v) {
+  constexpr int64_t LARGEST = INT64_MAX / 64;
+  int64_t values, statistics;
+  return !__builtin_mul_overflow(v.rows > 1 ? v.rows : 1, v.features, &values) &&
+         !__builtin_mul_overflow(values, v.inner, &values) && values <= LARGEST &&
+         !__builtin_mul_overflow(v.groups, v.features, &statistics) && statistics <= LARGEST;
+}
+
+// GOMP_parallel of the process, where a caller has found it.
+OpenMP openmp = nullptr;
+
+// How arrays are seen, of which type, with which epsilon; checked once.
+struct Kernel {
+  View view;
+  Type type;
+  double epsilon;
+
+  Kernel(int64_t rows, int64_t groups, int64_t span, int64_t features, int64_t inner, bool grouped_parameters,
+         const std::string& dtype, double epsilon)
+      : view{rows, groups, span, features, inner, grouped_parameters}, type(type_named(dtype)), epsilon(epsilon) {
+    if (rows < 0 || groups < 1 || span < 1 || features < 1 || inner < 1)
+      refuse("a view must have rows >= 0, and groups, span, features and inner >= 1");
+    if (!countable(view)) refuse("a view must have fewer than 2**57 values and statistics");
+    if (rows % groups || (rows / groups) % span) refuse("rows must be a multiple of groups * span");
+    if (!(epsilon >= 0) || std::isinf(epsilon)) refuse("epsilon must be finite and at least 0");
+  }
+
+  bool doubles() const { return type == Type::float64; }  // what statistics are by address
+
+  template <class Operation>
+  Operation operation() const {
+    Operation p{};
+    p.view = view;
+    p.type = type;
+    return p;
+  }
+};
+
+// ---- By arrays.
+
+// Collects what a call reads and writes, and refuses outputs that overlap anything.
+class Checked {
+ public:
+  explicit Checked(const Kernel& kernel) : kernel_(kernel) {}
+
+  const void* values(const In& array, const char* name) {
+    shape(array, name);
+    note(extent(array));
+    return array.data();
+  }
+  void* written_values(const Out& array, const char* name) {
+    shape(array, name);
+    written(extent(array), name);
+    return array.data();
+  }
+  Values numbers(const In& array, int64_t count, const char* name) {
+    size(array.size(), count, name);
+    note(extent(array));
+    return {const_cast<void*>(static_cast<const void*>(array.data())), doubles(array.dtype(), name)};
+  }
+  Values numbers(const std::optional<In>& array, int64_t count, const char* name) {
+    return array ? numbers(*array, count, name) : Values{};
+  }
+  Values written_numbers(const Out& array, int64_t count, const char* name) {
+    size(array.size(), count, name);
+    written(extent(array), name);
+    return {array.data(), doubles(array.dtype(), name)};
+  }
+  Values written_numbers(const std::optional<Out>& array, int64_t count, const char* name) {
+    return array ? written_numbers(*array, count, name) : Values{};
+  }
+
+ private:
+  struct Extent {
+    const char *begin, *end;
+  };
+  template <class Array>
+  static Extent extent(const Array& array) {
+    auto* begin = static_cast<const char*>(static_cast<const void*>(array.data()));
+    return {begin, begin + array.nbytes()};
+  }
+  template <class Array>
+  void shape(const Array& array, const char* name) {
+    if (array.dtype() != element_of(kernel_.type))
+      refuse_type(std::string(name) + " must be " + TYPES[static_cast<int>(kernel_.type)] +
+                  (kernel_.type == Type::bfloat16 ? " as uint16" : ""));
+    size(array.size(), kernel_.view.size(), name);
+  }
+  static void size(size_t found, int64_t expected, const char* name) {
+    if (static_cast<int64_t>(found) != expected)
+      refuse(std::string(name) + " must have " + std::to_string(expected) + " elements; received " +
+             std::to_string(found));
+  }
+  static bool doubles(nb::dlpack::dtype type, const char* name) {
+    if (type == nb::dtype<double>()) return true;
+    if (type == nb::dtype<float>()) return false;
+    refuse_type(std::string(name) + " must be float32 or float64");
+  }
+  void note(Extent extent) {
+    if (count_ < LIMIT) noted_[count_++] = extent;
+  }
+  void written(Extent extent, const char* name) {
+    for (int i = 0; i < count_; i++)
+      if (extent.begin < noted_[i].end && noted_[i].begin < extent.end)
+        refuse(std::string(name) + " must not overlap another array");
+    note(extent);
+  }
+
+  static constexpr int LIMIT = 16;  // arrays of a call
+  const Kernel& kernel_;
+  Extent noted_[LIMIT];
+  int count_ = 0;
+};
+
+template <class Operation>
+void call(void (*operation)(const Operation&), const Operation& p) {
+  nb::gil_scoped_release release;
+  operation(p);
+}
+
+void forward(const Kernel& kernel, const In& x, const Out& y, const Out& mean, const Out& variance,
+             const std::optional<In>& factor, const std::optional<In>& offset, const std::optional<In>& renorm_mean,
+             const std::optional<In>& renorm_stddev, const std::optional<Out>& r, const std::optional<Out>& d,
+             double rmin, double rmax, double dmax) {
+  bool renorm = renorm_mean.has_value();
+  if (renorm_stddev.has_value() != renorm || r.has_value() != renorm || d.has_value() != renorm)
+    refuse("renorm_mean, renorm_stddev, r and d must be given together");
+  int64_t parameters = kernel.view.parameters(), statistics = kernel.view.statistics();
+  Checked checked(kernel);
+  auto p = kernel.operation<Forward>();
+  p.epsilon = kernel.epsilon;
+  p.x = checked.values(x, "x");
+  p.factor = checked.numbers(factor, parameters, "factor");
+  p.offset = checked.numbers(offset, parameters, "offset");
+  p.renorm_mean = checked.numbers(renorm_mean, parameters, "renorm_mean");
+  p.renorm_stddev = checked.numbers(renorm_stddev, parameters, "renorm_stddev");
+  p.rmin = rmin;
+  p.rmax = rmax;
+  p.dmax = dmax;
+  p.y = checked.written_values(y, "y");
+  p.mean = checked.written_numbers(mean, statistics, "mean");
+  p.variance = checked.written_numbers(variance, statistics, "variance");
+  p.r = checked.written_numbers(r, parameters, "r");
+  p.d = checked.written_numbers(d, parameters, "d");
+  call(kernels().forward, p);
+}
+
+// What averages move after a forward pass, but for where they lie.
+Averages averages_of(const Kernel& kernel, double momentum, double bessel, double renorm_momentum) {
+  Averages averages{};
+  averages.parameters = kernel.view.parameters();
+  averages.groups = kernel.view.grouped_parameters ? 1 : kernel.view.groups;
+  averages.momentum = momentum;
+  averages.bessel = bessel;
+  averages.epsilon = kernel.epsilon;
+  averages.renorm_momentum = renorm_momentum;
+  return averages;
+}
+
+void move_averages(const Kernel& kernel, const In& mean, const In& variance, const std::optional<Out>& running_mean,
+                   const std::optional<Out>& running_variance, const std::optional<Out>& running_stddev,
+                   const std::optional<Out>& renorm_mean, const std::optional<Out>& renorm_stddev, double momentum,
+                   double bessel, double renorm_momentum) {
+  if (renorm_mean.has_value() != renorm_stddev.has_value()) refuse("renorm_mean and renorm_stddev go together");
+  if (running_stddev && !(renorm_mean && running_variance))
+    refuse("running_stddev goes with renorm_mean, renorm_stddev and running_variance");
+  int64_t parameters = kernel.view.parameters(), statistics = kernel.view.statistics();
+  Checked checked(kernel);
+  Averages averages = averages_of(kernel, momentum, bessel, renorm_momentum);
+  averages.mean = checked.numbers(mean, statistics, "mean");
+  averages.variance = checked.numbers(variance, statistics, "variance");
+  averages.running_mean = checked.written_numbers(running_mean, parameters, "running_mean");
+  averages.running_variance = checked.written_numbers(running_variance, parameters, "running_variance");
+  averages.running_stddev = checked.written_numbers(running_stddev, parameters, "running_stddev");
+  averages.renorm_mean = checked.written_numbers(renorm_mean, parameters, "renorm_mean");
+  averages.renorm_stddev = checked.written_numbers(renorm_stddev, parameters, "renorm_stddev");
+  track(averages);
+}
+
+void backward(const Kernel& kernel, const In& x, const In& dy, const Out& dx, const In& mean, const In& variance,
+              const std::optional<In>& factor, const std::optional<In>& r, const std::optional<In>& d,
+              const std::optional<Out>& dfactor, const std::optional<Out>& doffset) {
+  if (r.has_value() != d.has_value()) refuse("r and d must be given together");
+  int64_t parameters = kernel.view.parameters(), statistics = kernel.view.statistics();
+  Checked checked(kernel);
+  auto p = kernel.operation<Backward>();
+  p.epsilon = kernel.epsilon;
+  p.x = checked.values(x, "x");
+  p.dy = checked.values(dy, "dy");
+  p.mean = checked.numbers(mean, statistics, "mean");
+  p.variance = checked.numbers(variance, statistics, "variance");
+  p.factor = checked.numbers(factor, parameters, "factor");
+  p.r = checked.numbers(r, parameters, "r");
+  p.d = checked.numbers(d, parameters, "d");
+  p.dx = checked.written_values(dx, "dx");
+  p.dfactor = checked.written_numbers(dfactor, parameters, "dfactor");
+  p.doffset = checked.written_numbers(doffset, parameters, "doffset");
+  call(kernels().backward, p);
+}
+
+void moments(const Kernel& kernel, const In& x, const Out& mean, const Out& variance) {
+  Checked checked(kernel);
+  auto p = kernel.operation<Moments>();
+  p.x = checked.values(x, "x");
+  p.mean = checked.written_numbers(mean, kernel.view.statistics(), "mean");
+  p.variance = checked.written_numbers(variance, kernel.view.statistics(), "variance");
+  call(kernels().moments, p);
+}
+
+void normalize(const Kernel& kernel, const In& x, const Out& y, const In& mean, const In& scale, const In& offset) {
+  Checked checked(kernel);
+  auto p = kernel.operation<Normalize>();
+  p.x = checked.values(x, "x");
+  p.mean = checked.numbers(mean, kernel.view.statistics(), "mean");
+  p.scale = checked.numbers(scale, kernel.view.statistics(), "scale");
+  p.offset = checked.numbers(offset, kernel.view.statistics(), "offset");
+  p.y = checked.written_values(y, "y");
+  call(kernels().normalize, p);
+}
+
+void gradient_sums(const Kernel& kernel, const In& x, const In& dy, const In& mean, const Out& dy_sum,
+                   const Out& dy_centered_sum) {
+  Checked checked(kernel);
+  auto p = kernel.operation<GradientSums>();
+  p.x = checked.values(x, "x");
+  p.dy = checked.values(dy, "dy");
+  p.mean = checked.numbers(mean, kernel.view.statistics(), "mean");
+  p.dy_sum = checked.written_numbers(dy_sum, kernel.view.statistics(), "dy_sum");
+  p.dy_centered_sum = checked.written_numbers(dy_centered_sum, kernel.view.statistics(), "dy_centered_sum");
+  call(kernels().gradient_sums, p);
+}
+
+void gradient_combine(const Kernel& kernel, const In& x, const In& dy, const Out& dx, const In& mean, const In& a,
+                      const In& b, const In& c) {
+  Checked checked(kernel);
+  auto p = kernel.operation<GradientCombine>();
+  p.x = checked.values(x, "x");
+  p.dy = checked.values(dy, "dy");
+  p.mean = checked.numbers(mean, kernel.view.statistics(), "mean");
+  p.a = checked.numbers(a, kernel.view.statistics(), "a");
+  p.b = checked.numbers(b, kernel.view.statistics(), "b");
+  p.c = checked.numbers(c, kernel.view.statistics(), "c");
+  p.dx = checked.written_values(dx, "dx");
+  call(kernels().gradient_combine, p);
+}
+
+// ---- By address, 0 for what is absent. Arrays are of the kernel's type, numbers by feature double where that is
+// double and float elsewhere.
+
+void* address(uintptr_t value, bool needed, const char* name) {
+  if (needed && value == 0) refuse(std::string(name) + " has no memory");
+  return reinterpret_cast<void*>(value);
+}
+
+Team team_of(int64_t threads) {
+  if (threads < 1) refuse("threads must be at least 1; received " + std::to_string(threads));
+  return Team(openmp, static_cast<int>(threads < INT_MAX ? threads : INT_MAX));
+}
+
+void forward_at(const Kernel& kernel, int64_t threads, uintptr_t x, uintptr_t y, uintptr_t mean, uintptr_t variance,
+                uintptr_t factor, uintptr_t offset, uintptr_t renorm_mean, uintptr_t renorm_stddev, uintptr_t r,
+                uintptr_t d, double rmin, double rmax, double dmax, uintptr_t running_mean, uintptr_t running_variance,
+                double momentum, double bessel, double renorm_momentum) {
+  auto numbers = [&](uintptr_t value, bool needed, const char* name) {
+    return Values{address(value, needed, name), kernel.doubles()};
+  };
+  bool values = kernel.view.size() > 0, renorm = renorm_mean || renorm_stddev || r || d;
+  auto p = kernel.operation<Forward>();
+  p.epsilon = kernel.epsilon;
+  p.x = address(x, values, "x");
+  p.y = address(y, values, "y");
+  p.mean = numbers(mean, true, "mean");
+  p.variance = numbers(variance, true, "variance");
+  p.factor = numbers(factor, false, "factor");
+  p.offset = numbers(offset, false, "offset");
+  p.renorm_mean = numbers(renorm_mean, renorm, "renorm_mean");
+  p.renorm_stddev = numbers(renorm_stddev, renorm, "renorm_stddev");
+  p.r = numbers(r, renorm, "r");
+  p.d = numbers(d, renorm, "d");
+  p.rmin = rmin;
+  p.rmax = rmax;
+  p.dmax = dmax;
+  Averages averages = averages_of(kernel, momentum, bessel, renorm_momentum);
+  averages.mean = p.mean;
+  averages.variance = p.variance;
+  averages.running_mean = numbers(running_mean, false, "running_mean");
+  averages.running_variance = numbers(running_variance, false, "running_variance");
+  averages.renorm_mean = p.renorm_mean;
+  averages.renorm_stddev = p.renorm_stddev;
+  Team team = team_of(threads);
+  nb::gil_scoped_release release;
+  kernels().forward(p);
+  if (running_mean || running_variance || (renorm && renorm_momentum != 0)) track(averages);
+}
+
+void backward_at(const Kernel& kernel, int64_t threads, uintptr_t x, uintptr_t dy, uintptr_t dx, uintptr_t mean,
+                 uintptr_t variance, uintptr_t factor, uintptr_t r, uintptr_t d, uintptr_t dfactor, uintptr_t doffset) {
+  auto numbers = [&](uintptr_t value, bool needed, const char* name) {
+    return Values{address(value, needed, name), kernel.doubles()};
+  };
+  bool values = kernel.view.size() > 0, renorm = r || d;
+  auto p = kernel.operation<Backward>();
+  p.epsilon = kernel.epsilon;
+  p.x = address(x, values, "x");
+  p.dy = address(dy, values, "dy");
+  p.dx = address(dx, values, "dx");
+  p.mean = numbers(mean, true, "mean");
+  p.variance = numbers(variance, true, "variance");
+  p.factor = numbers(factor, false, "factor");
+  p.r = numbers(r, renorm, "r");
+  p.d = numbers(d, renorm, "d");
+  p.dfactor = numbers(dfactor, false, "dfactor");
+  p.doffset = numbers(doffset, false, "doffset");
+  Team team = team_of(threads);
+  call(kernels().backward, p);
+}
+
+std::string representation(const Kernel& k) {
+  auto number = [](int64_t n) { return std::to_string(n); };
+  return "Kernel(rows=" + number(k.view.rows) + ", groups=" + number(k.view.groups) + ", span=" + number(k.view.span) +
+         ", features=" + number(k.view.features) + ", inner=" + number(k.view.inner) +
+         ", grouped_parameters=" + (k.view.grouped_parameters ? "True" : "False") + ", dtype='" +
+         TYPES[static_cast<int>(k.type)] + "', epsilon=" + nb::cast<std::string>(nb::repr(nb::float_(k.epsilon))) + ")";
+}
+
+}  // namespace
+
+NB_MODULE(_cpu, m) {
+  using nb::arg;
+  constexpr double INFINITE = std::numeric_limits<double>::infinity();
+  auto array = [](const char* name) { return arg(name).noconvert(); };
+  auto optional = [](const char* name) { return arg(name).noconvert().none() = nb::none(); };
+  auto absent = [](const char* name) { return arg(name) = 0; };
+  nb::set_leak_warnings(false);  // caches keep kernels to the end of the program
+  m.doc() = "Batch normalization of contiguous arrays seen as (rows, features, inner); see csrc/kernels.hpp.";
+
+  nb::class_<Kernel>(m, "Kernel", "The kernels for arrays that are seen in one way, of one type, with one epsilon.")
+      .def(nb::init<int64_t, int64_t, int64_t, int64_t, int64_t, bool, const std::string&, double>(), nb::kw_only(),
+           arg("rows"), arg("groups"), arg("span"), arg("features"), arg("inner"), arg("grouped_parameters"),
+           arg("dtype"), arg("epsilon"))
+      .def("__repr__", &representation)
+      .def_prop_ro("rows", [](const Kernel& k) { return k.view.rows; })
+      .def_prop_ro("groups", [](const Kernel& k) { return k.view.groups; })
+      .def_prop_ro("span", [](const Kernel& k) { return k.view.span; })
+      .def_prop_ro("features", [](const Kernel& k) { return k.view.features; })
+      .def_prop_ro("inner", [](const Kernel& k) { return k.view.inner; })
+      .def_prop_ro("grouped_parameters", [](const Kernel& k) { return k.view.grouped_parameters; })
+      .def_prop_ro("dtype", [](const Kernel& k) { return TYPES[static_cast<int>(k.type)]; })
+      .def_prop_ro("statistics_dtype", [](const Kernel& k) { return k.doubles() ? "float64" : "float32"; })
+      .def_prop_ro("epsilon", [](const Kernel& k) { return k.epsilon; })
+      .def_prop_ro("size", [](const Kernel& k) { return k.view.size(); })
+      .def_prop_ro("parameters", [](const Kernel& k) { return k.view.parameters(); })
+      .def_prop_ro("statistics", [](const Kernel& k) { return k.view.statistics(); })
+      .def("forward", &forward, nb::kw_only(), array("x"), array("y"), array("mean"), array("variance"),
+           optional("factor"), optional("offset"), optional("renorm_mean"), optional("renorm_stddev"), optional("r"),
+           optional("d"), arg("rmin") = -INFINITE, arg("rmax") = INFINITE, arg("dmax") = INFINITE)
+      .def("move_averages", &move_averages, nb::kw_only(), array("mean"), array("variance"), optional("running_mean"),
+           optional("running_variance"), optional("running_stddev"), optional("renorm_mean"), optional("renorm_stddev"),
+           arg("momentum"), arg("bessel") = 1.0, arg("renorm_momentum") = 0.0)
+      .def("backward", &backward, nb::kw_only(), array("x"), array("dy"), array("dx"), array("mean"), array("variance"),
+           optional("factor"), optional("r"), optional("d"), optional("dfactor"), optional("doffset"))
+      .def("moments", &moments, nb::kw_only(), array("x"), array("mean"), array("variance"))
+      .def("normalize", &normalize, nb::kw_only(), array("x"), array("y"), array("mean"), array("scale"),
+           array("offset"))
+      .def("gradient_sums", &gradient_sums, nb::kw_only(), array("x"), array("dy"), array("mean"), array("dy_sum"),
+           array("dy_centered_sum"))
+      .def("gradient_combine", &gradient_combine, nb::kw_only(), array("x"), array("dy"), array("dx"), array("mean"),
+           array("a"), array("b"), array("c"))
+      .def("forward_at", &forward_at, nb::kw_only(), arg("threads"), arg("x"), arg("y"), arg("mean"), arg("variance"),
+           absent("factor"), absent("offset"), absent("renorm_mean"), absent("renorm_stddev"), absent("r"), absent("d"),
+           arg("rmin") = -INFINITE, arg("rmax") = INFINITE, arg("dmax") = INFINITE, absent("running_mean"),
+           absent("running_variance"), arg("momentum") = 0.0, arg("bessel") = 1.0, arg("renorm_momentum") = 0.0)
+      .def("backward_at", &backward_at, nb::kw_only(), arg("threads"), arg("x"), arg("dy"), arg("dx"), arg("mean"),
+           arg("variance"), absent("factor"), absent("r"), absent("d"), absent("dfactor"), absent("doffset"));
+
+  m.def("instruction_set", [] { return std::string(kernels().name); });
+  m.def("num_threads", &num_threads);
+  m.def(
+      "set_num_threads",
+      [](int64_t threads) {
+        if (threads < 1) refuse("threads must be at least 1; received " + std::to_string(threads));
+        set_num_threads(static_cast<int>(threads < INT_MAX ? threads : INT_MAX));
+      },
+      arg("threads"));
+  m.def("use_openmp", [](uintptr_t address) { openmp = reinterpret_cast<OpenMP>(address); }, arg("address"));
+}

@@ -1,0 +1,158 @@
+"""Who computes a call on TensorFlow, and how: the CPU kernels, TensorFlow's fused operation, or the composed layer."""
+
+from __future__ import annotations
+
+import numbers
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from batchnorm.core import algebra, normalize, passes
+from batchnorm.core.algebra import Moments
+from batchnorm.core.geometry import Geometry
+from batchnorm.core.normalize import Pair, Renorm
+from batchnorm.core.options import Options
+
+from . import namespace as xp
+from . import operations
+from .namespace import wide
+
+__all__ = ["infer", "move", "train"]
+
+v1 = tf.compat.v1
+
+FUSED_OP = "FusedBatchNormV3"
+"""The name of TensorFlow's own fused operation, where a layer says which kernel served."""
+Read = Callable[[str], Any]
+"""Reads a variable of a layer, in the type of the arithmetic; None where the layer has none of that name."""
+
+
+def train(
+    x: Any, plan: Geometry, options: Options, read: Read, adjustment: Pair | None, by_feature: bool, fusible: bool
+) -> tuple[Any, Moments, str]:
+    """Normalize by the batch.
+
+    Args:
+        x: The batch, in the type that the layer returns.
+        plan: Its geometry.
+        options: What the layer was asked for.
+        read: Reads the layer's variables.
+        adjustment: Scale and bias, in the type of the arithmetic, or None.
+        by_feature: Whether these have one value for each feature.
+        fusible: Whether the original fused this call, and so moved its average to the unbiased variance.
+
+    Returns:
+        The output; what averages move to, in the parameters' shape; and the name of the kernel that served.
+    """
+    kernel = passes.select(
+        options.fused, {operations.KERNEL: by_feature and operations.serves(x, plan), FUSED_OP: fusible}
+    )
+    count = xp.astype(plan.whole.count(xp.shape(x)), wide(x))
+    gamma, beta = read("gamma"), read("beta")
+    if kernel == FUSED_OP:
+        y, mean, variance = _fused(x, plan, options, read)
+        return y, Moments(mean, variance, count), kernel
+    renorm = None
+    if options.renorm:
+        # Copies, for the kernel must see the averages of before this step even if it runs later.
+        mean, stddev = (tf.identity(read(name)) for name in ("renorm_mean", "renorm_stddev"))
+        renorm = Renorm(mean, stddev, options.renorm_clipping)
+    if kernel == operations.KERNEL:
+        if adjustment is not None:
+            adjustment = normalize.by_feature(xp, plan, adjustment)
+        factor, offset = normalize.fold(xp, gamma, beta, adjustment)
+        y, averaged = operations.forward(x, plan, options.epsilon, factor=factor, offset=offset, renorm=renorm)
+        y.set_shape(x.shape)
+        averaged = Moments(averaged.mean, averaged.variance, count)
+        if fusible:
+            averaged = averaged._replace(variance=algebra.unbiased_variance(xp, averaged))
+        read_first: tuple[Any, ...] = ()
+    else:
+        trained = normalize.train(
+            xp,
+            tf.cast(_divisible(x, plan), wide(x)),
+            plan,
+            options.epsilon,
+            gamma=gamma,
+            beta=beta,
+            adjustment=adjustment,
+            renorm=renorm,
+            unbiased=fusible,
+        )
+        y, averaged, read_first = tf.cast(trained.y, x.dtype), trained.averaged, trained.correction or ()
+    with tf.control_dependencies(read_first):  # r and d are of the averages before this step
+        mean, variance = (tf.reshape(value, plan.parameter_shape) for value in averaged[:2])
+    return y, Moments(mean, variance, count), kernel
+
+
+def infer(x: Any, plan: Geometry, options: Options, read: Read, fusible: bool) -> tuple[Any, str]:
+    """Normalize by the moving averages, with TensorFlow's own operations, so that exported models need no other."""
+    # On CPUs the fused operation takes several times as long with features first as the composed map.
+    slow = plan.axes != (plan.rank - 1,) and operations.on_cpu()
+    kernel = passes.select(options.fused, {FUSED_OP: fusible and not slow})
+    moving = read("moving_mean"), read("moving_variance")
+    if kernel == FUSED_OP:
+        return _fused(x, plan, options, read, moving)[0], kernel
+    y = normalize.infer(xp, tf.cast(x, wide(x)), plan, options.epsilon, *moving, gamma=read("gamma"), beta=read("beta"))
+    return tf.cast(y, x.dtype), kernel
+
+
+def _fused(x: Any, plan: Geometry, options: Options, read: Read, moving: tuple[Any, ...] = ()) -> Any:
+    """TensorFlow's own fused operation; its variance in training is the unbiased one."""
+    first = plan.axes == (1,)
+    gamma, beta = read("gamma"), read("beta")
+    return v1.nn.fused_batch_norm(
+        x,
+        tf.ones(plan.parameter_shape) if gamma is None else gamma,
+        tf.zeros(plan.parameter_shape) if beta is None else beta,
+        *moving,
+        epsilon=options.epsilon,
+        data_format=("NC" + "DHW"[5 - plan.rank :]) if first else ("N" + "DHW"[5 - plan.rank :] + "C"),
+        is_training=not moving,
+    )
+
+
+def _divisible(x: Any, plan: Geometry) -> Any:
+    """Check a batch size that is known only when the program runs, before it is used."""
+    size = plan.virtual_batch_size
+    if size is None or x.shape[0] is not None:
+        return x
+    batch = tf.shape(x)[0]
+    message = f"virtual_batch_size must divide the batch size in training; received virtual_batch_size={size}"
+    check = tf.debugging.Assert(tf.equal(batch % size, 0), [message, "and a batch of", batch])
+    with tf.control_dependencies([check] if check is not None else []):
+        return tf.identity(x)
+
+
+def move(variables: Mapping[str, Any], moments: Moments, options: Options, active: Any) -> dict[str, Any]:
+    """Move averages to moments; return by name what each variable became, or the operation that does it.
+
+    Where `active`, None or a boolean tensor, is false nothing moves.
+    """
+    follows = variables.get("moving_variance") if options.renorm else None
+    averages = {name: tf.convert_to_tensor(v) for name, v in variables.items() if v is not follows}
+    taken = algebra.decrements(
+        xp,
+        averages,
+        moments,
+        options.epsilon,
+        rate=_rate(options.rate, moments),
+        renorm_rate=_rate(options.renorm_rate, moments),
+        moves=active,
+    )
+    moved = {name: variables[name].assign_sub(tf.cast(step, averages[name].dtype)) for name, step in taken.items()}
+    if follows is not None and moved:
+        variance = algebra.inference_variance(xp, tf.convert_to_tensor(moved["moving_stddev"]), options.epsilon)
+        moves = algebra.moving(moments, active)
+        if moves is not None:
+            variance = tf.where(moves, variance, tf.convert_to_tensor(follows))
+        moved["moving_variance"] = follows.assign(variance)
+    return moved
+
+
+def _rate(rate: Any, moments: Moments) -> Any:
+    if isinstance(rate, numbers.Real):
+        return float(np.float32(rate))  # as in the original, whatever the type of the variable
+    return tf.cast(rate, moments.mean.dtype)

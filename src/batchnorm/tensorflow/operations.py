@@ -1,0 +1,177 @@
+"""The CPU kernels as operations of TensorFlow, with their first and second derivatives."""
+
+from __future__ import annotations
+
+import pathlib
+from typing import Any
+
+import tensorflow as tf
+from tensorflow.python.ops import control_flow_util  # nothing public tells whether XLA compiles what is traced
+
+import batchnorm
+from batchnorm.core import algebra, geometry, normalize
+from batchnorm.core.algebra import Moments
+from batchnorm.core.geometry import Geometry
+from batchnorm.core.normalize import Renorm
+from batchnorm.core.options import Clipping
+from batchnorm.cpu import KERNEL
+
+from . import namespace as xp
+from .namespace import wide
+
+__all__ = ["KERNEL", "forward", "on_cpu", "serves"]
+
+
+def _load() -> Any:
+    for folder in batchnorm.__path__:
+        path = pathlib.Path(folder) / "_tensorflow_ops.so"
+        if path.is_file():
+            operations = tf.load_op_library(str(path))
+            return operations if hasattr(operations, "batchnorm_forward") else None
+    return None
+
+
+_operations = _load()
+
+
+def serves(x: Any, plan: Geometry) -> bool:
+    """Tell whether the operations can compute the training step of a layer.
+
+    They are for CPUs, and XLA does not know them. Feature axes must collapse to what the kernels see.
+    """
+    return (
+        _operations is not None
+        and x.dtype in (tf.float16, tf.bfloat16, tf.float32, tf.float64)
+        and plan.collapses(x.shape.as_list())
+        and on_cpu()
+        and not (not tf.executing_eagerly() and control_flow_util.GraphOrParentsInXlaContext(_graph()))
+    )
+
+
+def on_cpu() -> bool:
+    """Tell whether there is nothing but CPUs to compute on."""
+    return not tf.config.list_physical_devices("GPU")
+
+
+def forward(
+    x: Any,
+    plan: Geometry,
+    epsilon: Any,
+    *,
+    factor: Any = None,
+    offset: Any = None,
+    renorm: Renorm | None = None,
+) -> tuple[Any, Moments]:
+    """Normalize a batch in training.
+
+    Args:
+        x: The batch.
+        plan: Its geometry.
+        epsilon: Added to the variance.
+        factor: One value for each feature, or None.
+        offset: Likewise.
+        renorm: What renorm corrects by, from before this step, or None.
+
+    Returns:
+        The output, and what averages move to, one value for each feature: over virtual batches the means of theirs.
+    """
+    dtype = wide(x)
+
+    def flat(value: Any) -> Any:
+        return tf.zeros([0], dtype) if value is None else tf.reshape(tf.cast(value, dtype), [-1])
+
+    clipping = Clipping() if renorm is None else renorm.clipping
+    *apart, (first, last) = plan.runs(x.shape.as_list())
+    nothing = flat(None)
+    y, group_mean, group_variance, _, _ = _operations.batchnorm_forward(
+        x=x,
+        factor=flat(factor),
+        offset=flat(offset),
+        renorm_mean=nothing if renorm is None else flat(renorm.mean),
+        renorm_stddev=nothing if renorm is None else flat(renorm.stddev),
+        numbers=tf.stack([xp.astensor(number, dtype) for number in (epsilon, *clipping.limits)]),
+        first=first,
+        last=last,
+        apart_first=apart[0][0] if apart else -1,
+        apart_last=apart[0][1] if apart else -1,
+        virtual_batch_size=plan.virtual_batch_size or 0,
+    )
+    for value in (group_mean, group_variance):
+        value.set_shape([None, None])
+    moments = Moments(tf.stop_gradient(group_mean), tf.stop_gradient(group_variance), 1)  # groups of one size
+    return y, algebra.average_groups(xp, moments, None if plan.group_axis is None else 0)
+
+
+def _graph() -> Any:
+    return tf.compat.v1.get_default_graph()
+
+
+def _present(value: Any, gradient: Any) -> Any:
+    """The gradient of an input; None for an input that is absent, which has no elements."""
+    return None if value.shape.num_elements() == 0 else gradient
+
+
+@tf.RegisterGradient("BatchnormForward")
+def _forward_gradient(operation: Any, dy: Any, *_: Any) -> list[Any]:
+    x, factor, offset, _, _, numbers = operation.inputs
+    _, mean, variance, r, d = operation.outputs
+    dx, dfactor, doffset = _operations.batchnorm_backward(
+        x=x,
+        dy=dy,
+        numbers=numbers,
+        mean=mean,
+        variance=variance,
+        factor=factor,
+        r=r,
+        d=d,
+        **_attributes(operation),
+    )
+    return [dx, _present(factor, dfactor), _present(offset, doffset), None, None, None]
+
+
+@tf.RegisterGradient("BatchnormBackward")
+def _backward_gradient(operation: Any, *upstream: Any) -> list[Any]:
+    """Second derivatives, by TensorFlow's own differentiation of the composed layer.
+
+    The moments are taken as the functions of x that they are, so nothing is left for them as inputs.
+    """
+    x, dy, numbers, _, _, factor, r, d = operation.inputs
+    offset = tf.zeros_like(upstream[2])
+    with tf.GradientTape() as outer:
+        outer.watch([x, dy, factor])
+        with tf.GradientTape() as inner:
+            inner.watch([x, factor, offset])
+            y = _composed(x, factor, offset, r, d, numbers[0], _attributes(operation))
+        first = inner.gradient(y, [x, factor, offset], output_gradients=dy)
+        pairs = [(value, weight) for value, weight in zip(first, upstream, strict=False) if value is not None]
+    second = outer.gradient(
+        [value for value, _ in pairs],
+        [x, dy, factor],
+        output_gradients=[tf.reshape(weight, tf.shape(value)) for value, weight in pairs],
+    )
+    dx, ddy, dfactor = second
+    return [dx, ddy, None, None, None, None if dfactor is None else _present(factor, dfactor), None, None]
+
+
+def _attributes(operation: Any) -> dict[str, int]:
+    names = ("first", "last", "apart_first", "apart_last", "virtual_batch_size")
+    return {name: operation.get_attr(name) for name in names}
+
+
+def _composed(x: Any, factor: Any, offset: Any, r: Any, d: Any, epsilon: Any, attributes: dict[str, int]) -> Any:
+    """What BatchnormForward computes, of TensorFlow's own operations."""
+    axes = list(range(attributes["first"], attributes["last"] + 1))
+    if attributes["apart_first"] >= 0:
+        axes += range(attributes["apart_first"], attributes["apart_last"] + 1)
+    plan = geometry.plan(tuple(x.shape.as_list()), tuple(axes), attributes["virtual_batch_size"] or None)
+    factor, offset, r, d = (_present(value, value) for value in (factor, offset, r, d))
+    trained = normalize.train(
+        xp,
+        tf.cast(x, epsilon.dtype),
+        plan,
+        epsilon,
+        gamma=factor,
+        beta=offset,
+        correction=None if r is None else (r, d),
+    )
+    return tf.cast(trained.y, x.dtype)

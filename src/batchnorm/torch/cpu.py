@@ -1,0 +1,210 @@
+"""The CPU kernels on tensors, by their addresses: exchanging arrays takes longer than normalizing a small batch.
+
+Whatever these addresses belong to has been checked before, by `takes` or `check`: it is of a type that the kernels
+know, on the CPU, and of as many elements as it is to have.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import pathlib
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from batchnorm import cpu
+from batchnorm.core.geometry import Geometry, View
+from batchnorm.core.options import Clipping
+
+from . import layout
+from .layout import wide
+
+__all__ = ["KERNEL", "Averages", "Static", "backward", "check", "forward", "is_plain", "limits", "serves", "takes"]
+
+KERNEL = cpu.KERNEL
+TYPES = {getattr(torch, name) for name in cpu.TYPES}
+Limits = tuple[float, float, float]
+UNLIMITED = Clipping().limits
+
+
+def _share_threads() -> None:
+    """Let the kernels use PyTorch's own threads, which spin while they wait, and would take the processors from others.
+
+    Where its OpenMP is not found, they keep to theirs.
+    """
+    folder = pathlib.Path(torch.__file__).parent
+    for path in sorted({*folder.glob("lib/libgomp*"), *folder.parent.glob("torch.libs/libgomp*")}):
+        try:
+            found = ctypes.CDLL(str(path), mode=os.RTLD_NOLOAD | os.RTLD_NOW).GOMP_parallel
+        except (OSError, AttributeError):  # not the one that is loaded
+            continue
+        if cpu.library is not None:
+            cpu.library.use_openmp(ctypes.cast(found, ctypes.c_void_p).value)
+        return
+
+
+_share_threads()
+
+
+class Static(NamedTuple):
+    """The arguments of a training step that are not tensors."""
+
+    epsilon: float
+    axes: tuple[int, ...]
+    virtual_batch_size: int | None
+
+
+class Averages(NamedTuple):
+    """What a training step moves besides renorm's own averages, and the weights of the new values.
+
+    The variance moves to `bessel` times the batch's.
+    """
+
+    running: tuple[Tensor | None, Tensor | None]
+    momentum: float
+    bessel: float
+    renorm_momentum: float
+
+
+def serves(x: Tensor, plan: Geometry, traced: bool) -> bool:
+    """Tell whether the kernels can compute a training step. They are for CPUs, and know no subclasses of tensors."""
+    return (
+        cpu.library is not None
+        and x.is_cpu
+        and x.dtype in TYPES
+        and (len(plan.features) == 1 or plan.collapses(x.shape))
+        and (traced or is_plain(x))
+    )
+
+
+def takes(x: Tensor, shape: tuple[int, ...], values: Sequence[Tensor | None]) -> bool:
+    """Tell whether the kernels take parameters and statistics of this shape as they are."""
+    dtype = wide(x)
+    for value in values:
+        if value is not None and not (
+            value.dtype == dtype and value.shape == shape and value.is_cpu and value.is_contiguous() and is_plain(value)
+        ):
+            return False
+    return x.is_cpu and x.dtype in TYPES
+
+
+def check(x: Tensor, view: View, **values: Tensor | None) -> None:
+    """Raise unless tensors are what the kernels read beside an input that is seen in a way; for who calls by hand."""
+    sizes = {"dy": view.rows * view.features * view.inner, "moments": 2 * view.virtual_batches * view.parameters}
+    for name, value in values.items():
+        if value is None:
+            continue
+        size = sizes.get(name, (2 if name == "correction" else 1) * view.parameters)
+        if not value.is_cpu:
+            raise ValueError(f"{name} must be on the CPU; received one on {value.device}.")
+        if value.dtype != x.dtype if name == "dy" else value.dtype != wide(x) and name in ("moments", "correction"):
+            raise TypeError(f"{name} must be of {x.dtype if name == 'dy' else wide(x)}; received {value.dtype}.")
+        if not value.is_floating_point():
+            raise TypeError(f"{name} must be of a floating-point type; received {value.dtype}.")
+        if value.numel() != size or (name == "dy" and value.shape != x.shape):
+            raise ValueError(f"{name} must have {size} elements; received shape {tuple(value.shape)}.")
+
+
+def is_plain(x: Tensor) -> bool:
+    """Tell whether a tensor is of no subclass, which could be anything."""
+    return type(x) is Tensor or type(x) is torch.nn.Parameter
+
+
+def forward(
+    x: Tensor,
+    factor: Tensor | None,
+    offset: Tensor | None,
+    renorm_mean: Tensor | None,
+    renorm_stddev: Tensor | None,
+    limits: Limits | None,
+    static: Static,
+    averages: Averages | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Compute the output, the moments [2][groups][parameters], and r and d in one tensor; move the averages."""
+    dtype = wide(x)
+    x, view, kernel = layout.kernel(x, static.axes, static.virtual_batch_size, static.epsilon)
+    y = torch.empty_like(x)
+    moments = torch.empty((2, view.virtual_batches, view.parameters), dtype=dtype, device=x.device)
+    mean, variance = _halves(moments)
+    factor, offset = _dense(factor, dtype), _dense(offset, dtype)  # which keeps them until the call has ended
+    optional: dict[str, Any] = {}
+    correction = None
+    if renorm_mean is not None:
+        correction = torch.empty((2, view.parameters), dtype=dtype, device=x.device)
+        r, d = _halves(correction)
+        renorm_mean, renorm_stddev = _dense(renorm_mean, dtype), _dense(renorm_stddev, dtype)
+        rmin, rmax, dmax = limits or UNLIMITED
+        optional = {
+            "renorm_mean": _at("renorm_mean", renorm_mean), "renorm_stddev": _at("renorm_stddev", renorm_stddev),
+            "r": r, "d": d, "rmin": rmin, "rmax": rmax, "dmax": dmax,
+        }  # fmt: skip
+    if averages is not None:
+        (running_mean, running_variance), momentum, bessel, renorm_momentum = averages
+        optional |= {
+            "running_mean": _at("running_mean", running_mean), "running_variance": _at("running_var", running_variance),
+            "momentum": momentum, "bessel": bessel, "renorm_momentum": renorm_momentum,
+        }  # fmt: skip
+    kernel.forward_at(
+        threads=torch.get_num_threads(), x=x.data_ptr(), y=y.data_ptr(), mean=mean, variance=variance,
+        factor=_at("factor", factor), offset=_at("offset", offset), **optional,
+    )  # fmt: skip
+    return y, moments, correction
+
+
+def backward(
+    dy: Tensor,
+    x: Tensor,
+    factor: Tensor | None,
+    offset: Tensor | None,
+    moments: Tensor,
+    correction: Tensor | None,
+    static: Static,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Compute the gradients of x, and of factor and offset where these are there, in one row each."""
+    dtype = wide(x)
+    x, view, kernel = layout.kernel(x, static.axes, static.virtual_batch_size, static.epsilon)
+    dy = dy if dy.stride() == x.stride() else torch.empty_like(x).copy_(dy)
+    dx = torch.empty_like(x)
+    dfactor, doffset = (
+        None if value is None else torch.empty(view.parameters, dtype=dtype, device=x.device)
+        for value in (factor, offset)
+    )
+    factor = _dense(factor, dtype)
+    mean, variance = _halves(moments)
+    r, d = _halves(correction)
+    kernel.backward_at(
+        threads=torch.get_num_threads(), x=x.data_ptr(), dy=dy.data_ptr(), dx=dx.data_ptr(), mean=mean,
+        variance=variance, factor=_at("factor", factor), r=r, d=d, dfactor=_at("dfactor", dfactor),
+        doffset=_at("doffset", doffset),
+    )  # fmt: skip
+    return dx, dfactor, doffset
+
+
+def limits(clipping: Clipping) -> Limits:
+    """Read limits, of which some may be tensors."""
+    rmin, rmax, dmax = (float(limit) for limit in clipping.limits)
+    return rmin, rmax, dmax
+
+
+def _dense(value: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return value if value is None or (value.dtype == dtype and value.is_contiguous()) else value.to(dtype).contiguous()
+
+
+def _at(name: str, value: Tensor | None) -> int:
+    if value is None:
+        return 0
+    address = value.data_ptr()
+    if not address:  # which would count as an absent one
+        raise ValueError(f"{name} has no memory; received a tensor of shape {tuple(value.shape)}.")
+    return address
+
+
+def _halves(value: Tensor | None) -> tuple[int, int]:
+    """Addresses of both halves of a tensor."""
+    if value is None:
+        return 0, 0
+    first = value.data_ptr()
+    return first, first + value.nbytes // 2

@@ -1,0 +1,131 @@
+"""Where a tensor's values lie: its plan, the memory formats that PyTorch keeps, and the view of the CPU kernels."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from batchnorm import cpu
+from batchnorm.core import geometry
+from batchnorm.core.geometry import Geometry, View
+
+__all__ = [
+    "in_format",
+    "is_kept",
+    "kernel",
+    "memory_format",
+    "plan",
+    "training_plan",
+    "wide",
+    "with_gradients_in_format",
+]
+
+
+def plan(x: Tensor, axes: int | tuple[int, ...], virtual_batch_size: int | None) -> Geometry:
+    """Work out the geometry, without the cache where it would be traced into a graph."""
+    known = not torch.compiler.is_compiling() and all(type(size) is int for size in x.shape)
+    make = geometry.plan if known else geometry.plan.__wrapped__
+    found: Geometry = make(tuple(x.shape), axes, virtual_batch_size)
+    return found
+
+
+def training_plan(x: Tensor, axes: tuple[int, ...], virtual_batch_size: int | None) -> tuple[Geometry, int]:
+    """Work out the geometry of a training step, and the number of values of each feature in a (virtual) batch."""
+    known = not torch.compiler.is_compiling() and all(type(size) is int for size in x.shape)
+    make = _training_plan if known else _training_plan.__wrapped__
+    return make(tuple(x.shape), axes, virtual_batch_size)
+
+
+@functools.lru_cache(maxsize=1024)
+def _training_plan(
+    shape: tuple[int, ...], axes: tuple[int, ...], virtual_batch_size: int | None
+) -> tuple[Geometry, int]:
+    found: Geometry = geometry.plan.__wrapped__(shape, axes, virtual_batch_size)
+    found.check_divides(shape[0])
+    return found, found.count(found.split(shape))
+
+
+def wide(x: Tensor) -> torch.dtype:
+    """Name the type of statistics: float32 or wider."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+# ---- What PyTorch keeps.
+
+
+def memory_format(x: Tensor) -> torch.memory_format:
+    """Say what PyTorch's own layer makes of an input: channels last if its strides are like that, even with gaps."""
+    order = {4: (1, 3, 2, 0), 5: (1, 4, 3, 2, 0)}.get(x.dim())
+    if order is None or x.is_contiguous() or x.stride(1) == 0 or x.numel() == 0:
+        return torch.contiguous_format
+    least = 0
+    for axis in order:
+        stride = x.stride(axis)
+        if stride < least or (axis == 0 and least == x.stride(1)):
+            return torch.contiguous_format
+        least = stride * max(x.shape[axis], 1)
+    return torch.channels_last if x.dim() == 4 else torch.channels_last_3d
+
+
+def in_format(x: Tensor, layout: torch.memory_format) -> Tensor:
+    """Lay a tensor out in a format, if it is not."""
+    return x if x.is_contiguous(memory_format=layout) else x.contiguous(memory_format=layout)
+
+
+def with_gradients_in_format(x: Tensor, layout: torch.memory_format) -> Tensor:
+    """The same, with a gradient in a format."""
+    same: Tensor = _GradientsInFormat.apply(x, layout)  # type: ignore[no-untyped-call]
+    return same
+
+
+class _GradientsInFormat(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layout: torch.memory_format) -> Tensor:
+        ctx.layout = layout
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient.contiguous(memory_format=ctx.layout), None
+
+
+# ---- What the kernels see.
+
+
+def kernel(
+    x: Tensor, axes: tuple[int, ...], virtual_batch_size: int | None, epsilon: float
+) -> tuple[Tensor, View, Any]:
+    """Lay a tensor out as the kernels can see it, and find those for it; with one feature axis, channels last stays."""
+    shape = x.shape
+    if not x.is_contiguous():
+        if is_kept(x, axes):
+            n, channels, *rest = shape
+            axes = ((0, x.ndim - 1, *range(1, x.ndim - 1))[axes[0]],)
+            return x, *_kernel((n, *rest, channels), axes, virtual_batch_size, x.dtype, epsilon)
+        x = x.contiguous()
+    return x, *_kernel(shape, axes, virtual_batch_size, x.dtype, epsilon)
+
+
+@functools.lru_cache(maxsize=1024)
+def _kernel(
+    shape: tuple[int, ...], axes: tuple[int, ...], virtual_batch_size: int | None, dtype: torch.dtype, epsilon: float
+) -> tuple[View, Any]:
+    view = geometry.plan(shape, axes, virtual_batch_size).view(shape)
+    if view is None:
+        raise ValueError(
+            f"axes must be of two runs of axes at most, one with virtual batches, which must divide the batch; "
+            f"received {axes}, virtual_batch_size={virtual_batch_size} and shape {tuple(shape)}."
+        )
+    return view, cpu.kernel(view, str(dtype).removeprefix("torch."), epsilon)
+
+
+def is_kept(x: Tensor, axes: tuple[int, ...]) -> bool:
+    """Tell whether the kernels take a tensor as it lies."""
+    if x.is_contiguous():
+        return True
+    if len(axes) > 1 or x.ndim not in (4, 5):
+        return False
+    return x.is_contiguous(memory_format=torch.channels_last if x.ndim == 4 else torch.channels_last_3d)

@@ -1,0 +1,230 @@
+"""The operations for TensorFlow by themselves, against NumPy in float64. They run in a process of their own: TensorFlow
+registers an operation once, and the package does so when it is imported."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import subprocess
+import sys
+import textwrap
+from typing import Any
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+PREAMBLE = """
+import pathlib, resource, sys
+import numpy as np
+import tensorflow as tf
+import batchnorm
+from tests.cpu.cases import *
+
+paths = [pathlib.Path(folder) / "_tensorflow_ops.so" for folder in batchnorm.__path__]
+ops = tf.load_op_library(str(next(path for path in paths if path.is_file())))
+
+
+def attributes(first, last, apart=(-1, -1), size=0):
+    return dict(first=first, last=last, apart_first=apart[0], apart_last=apart[1], virtual_batch_size=size)
+
+
+def floats(values, kind):
+    return tf.reshape(tf.constant([] if values is None else values, kind), [-1])
+
+
+def op_forward(x, o, kind, at):
+    average, stddev = o.renorm or (None, None)
+    return ops.batchnorm_forward(
+        x=tf.constant(x), factor=floats(o.factor, kind), offset=floats(o.offset, kind),
+        renorm_mean=floats(average, kind), renorm_stddev=floats(stddev, kind),
+        numbers=floats([EPSILON, *o.limits], kind), **at)
+
+
+def op_backward(x, dy, forward, o, kind, at):
+    return ops.batchnorm_backward(
+        x=tf.constant(x), dy=dy, numbers=floats([EPSILON, *o.limits], kind), mean=tf.reshape(forward.mean, [-1]),
+        variance=tf.reshape(forward.variance, [-1]), factor=floats(o.factor, kind), r=floats(forward.r, kind),
+        d=floats(forward.d, kind), **at)
+
+
+def refused(message, call, *arguments, **named):
+    try:
+        call(*arguments, **named)
+    except tf.errors.InvalidArgumentError as error:
+        assert message in str(error), error
+    else:
+        raise AssertionError(f"was not refused: {message}")
+"""
+
+
+def run(code: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", PREAMBLE + textwrap.dedent(code) + "\nprint('done')"],
+        env={**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3"},
+        cwd=ROOT,
+        timeout=300,
+        text=True,
+        capture_output=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split()[-1] == "done"
+
+
+CASES: dict[str, Any] = {
+    "features last": ((6, 4, 5, 7), (3, 3), (-1, -1), 0, "View(120, 1, 1, 7, 1)"),
+    "features first": ((6, 7, 4, 5), (1, 1), (-1, -1), 0, "View(6, 1, 1, 7, 20)"),
+    "two axes side by side": ((6, 7, 4, 5), (1, 2), (-1, -1), 0, "View(6, 1, 1, 28, 5)"),
+    "two axes apart": ((6, 7, 4, 5), (3, 3), (1, 1), 0, "View(168, 7, 4, 5, 1, True)"),
+    "virtual batches": ((6, 4, 5), (2, 2), (-1, -1), 2, "View(24, 3, 4, 5, 1)"),
+    "large": ((64, 16, 31, 33), (1, 1), (-1, -1), 0, "View(64, 1, 1, 16, 1023)"),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_operations_compute_what_the_kernels_do_eagerly_and_in_a_function(case: str) -> None:
+    shape, (first, last), apart, size, view = CASES[case]
+    run(f"""
+        shape, at, view = {shape}, attributes({first}, {last}, {apart}, {size}), {view}
+        random = np.random.default_rng(0)
+        for dtype in TYPES:
+            kind = np.float64 if dtype == np.float64 else np.float32
+            x, dy = (drawn(view, dtype, seed).reshape(shape) for seed in (0, 1))
+            values = [random.uniform(0.5, 2, view.parameters).astype(kind) for _ in range(4)]
+            full = Options(*values[:2], (values[2], values[3]), (0.5, 2.0, 1.0))
+            for o in (Options(), Options(values[0], values[1]), full):
+                for wrap in (lambda call: call, lambda call: tf.function(call)):
+                    found = wrap(lambda: op_forward(x, o, kind, at))()
+                    expected = forward(view, x.reshape(-1), kind, o)
+                    assert found.y.shape == x.shape and found.mean.shape == view.statistics
+                    exact = measured(x, view)
+                    check(found.mean.numpy(), exact[0], 2e-6, 1.0)
+                    check(found.variance.numpy(), exact[1], 2e-6, 1.0)
+                    assert found.r.shape == found.d.shape == (view.parameters if o.renorm else 0,)
+                    check_near([found.y.numpy().reshape(-1)], [expected.y], NEAR[dtype.name])
+                    if o.renorm:
+                        check_near([found.r.numpy(), found.d.numpy()], [expected.r, expected.d], 1e-6)
+                    back = wrap(lambda: op_backward(x, tf.constant(dy), found, o, kind, at))()
+                    result = Forward(expected.y, found.mean.numpy(), found.variance.numpy(), *(
+                        (found.r.numpy(), found.d.numpy()) if o.renorm else (None, None)))
+                    gradients = backward(view, x.reshape(-1), dy.reshape(-1), result, o)
+                    check_near([value.numpy().reshape(-1) for value in back], list(gradients), NEAR[dtype.name])
+    """)
+
+
+def test_the_formula_holds_in_float64() -> None:
+    run("""
+        view, at = View(40, 1, 1, 3, 1), attributes(1, 1)
+        x = drawn(view, TYPES[1], 0).reshape(40, 3)
+        factor, offset, average, stddev = np.random.default_rng(0).uniform(0.5, 2, (4, 3))
+        found = op_forward(x, Options(factor, offset, (average, stddev), (0.5, 3.0, 2.0)), np.float64, at)
+        mean, sigma = x.mean(axis=0), np.sqrt(x.var(axis=0) + EPSILON)
+        r, d = np.clip(sigma / stddev, 0.5, 3.0), np.clip((mean - average) / stddev, -2.0, 2.0)
+        expected = (r * (x - mean) / sigma + d) * factor + offset
+        np.testing.assert_allclose(found.y.numpy(), expected, rtol=1e-12, atol=1e-12)
+    """)
+
+
+def test_the_shape_of_the_output_is_known_while_tracing() -> None:
+    run("""
+        @tf.function(input_signature=[tf.TensorSpec([None, 3, 5], tf.float32)])
+        def traced(x):
+            found = ops.batchnorm_forward(
+                x=x, factor=floats(None, np.float32), offset=floats(None, np.float32),
+                renorm_mean=floats(None, np.float32), renorm_stddev=floats(None, np.float32),
+                numbers=tf.constant([EPSILON, 0, 0, 0]), **attributes(2, 2))
+            assert found.y.shape.as_list() == [None, 3, 5]
+            return found.y
+        assert traced(tf.ones([4, 3, 5])).shape == (4, 3, 5)
+    """)
+
+
+def test_dx_takes_the_place_of_dy_only_where_nobody_else_needs_it() -> None:
+    run("""
+        view, at = View(64, 1, 1, 16, 1023), attributes(1, 1)
+        x, dy = (drawn(view, TYPES[0], seed).reshape(64, 16, 1023) for seed in (0, 1))
+        o = Options()
+        found = op_forward(x, o, np.float32, at)
+        kept = tf.constant(dy)
+        expected = op_backward(x, kept, found, o, np.float32, at)
+        assert kept.numpy().tobytes() == dy.tobytes()
+
+        @tf.function
+        def chained(dy):  # the product is nobody else's
+            return op_backward(x, dy * 1.0, found, o, np.float32, at)
+
+        for value, other in zip(chained(kept), expected):
+            assert value.numpy().tobytes() == other.numpy().tobytes()
+        assert kept.numpy().tobytes() == dy.tobytes()
+    """)
+
+
+def test_an_empty_batch_has_no_moments_and_no_gradients() -> None:
+    run("""
+        plain, virtual = attributes(1, 1), attributes(2, 2, size=2)
+        for shape, at in (((0, 3), plain), ((0, 3, 4), plain), ((0, 2, 3), virtual)):
+            x, ones = np.zeros(shape, np.float32), np.ones(3, np.float32)
+            o = Options(ones, ones, (ones, ones))
+            found = op_forward(x, o, np.float32, at)
+            assert found.y.shape == x.shape and not found.mean.numpy().any() and not found.r.numpy().any()
+            back = op_backward(x, tf.constant(x), found, o, np.float32, at)
+            assert back.dx.shape == x.shape
+            assert not back.dfactor.numpy().any() and not back.doffset.numpy().any()
+    """)
+
+
+def test_bad_sizes_are_refused() -> None:
+    run("""
+        view, at, kind = View(8, 1, 1, 3, 5), attributes(1, 1), np.float32
+        x = drawn(view, TYPES[0], 0).reshape(8, 3, 5)
+        two, three = np.ones(2, kind), np.ones(3, kind)
+        for name in ("factor", "offset"):
+            refused(f"{name} must have 3", op_forward, x, Options(**{name: two}), kind, at)
+        refused("renorm_mean must have 3", op_forward, x, Options(renorm=(two, three)), kind, at)
+        refused("renorm_stddev must have 3", op_forward, x, Options(renorm=(three, two)), kind, at)
+        refused("go together", op_forward, x, Options(renorm=(three, None)), kind, at)
+        refused("numbers must have 4", op_forward, x, Options(limits=(0.0,)), kind, at)
+        refused("numbers must have 4", op_forward, x, Options(limits=()), kind, at)
+        for wrong in (attributes(3, 3), attributes(2, 1), attributes(-1, 1), attributes(1, 3)):
+            refused("feature axes", op_forward, x, Options(), kind, wrong)
+        refused("apart", op_forward, x, Options(), kind, attributes(1, 1, (1, 1)))
+        refused("virtual_batch_size must divide", op_forward, x, Options(), kind, attributes(1, 1, size=3))
+        refused("batch axis", op_forward, x, Options(), kind, attributes(0, 0, size=2))
+        found = op_forward(x, Options(), kind, at)
+        refused("dy must have", op_backward, x, tf.ones([8, 3, 4]), found, Options(), kind, at)
+        refused("factor must have 3", op_backward, x, tf.constant(x), found, Options(factor=two), kind, at)
+        short = Forward(found.y, found.mean[:, :2], found.variance)
+        refused("mean must have 3", op_backward, x, tf.constant(x), short, Options(), kind, at)
+        short = Forward(found.y, found.mean, found.variance[:, :0])
+        refused("variance must have 3", op_backward, x, tf.constant(x), short, Options(), kind, at)
+        half = Forward(found.y, found.mean, found.variance, three, None)
+        refused("r and d go together", op_backward, x, tf.constant(x), half, Options(), kind, at)
+    """)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads memory the way of Linux")
+def test_nothing_leaks() -> None:
+    run("""
+        view, at, kind = View(8, 1, 1, 3, 4096), attributes(1, 1), np.float32
+        x = drawn(view, TYPES[0], 0).reshape(8, 3, 4096)
+        ones = np.ones(3, kind)
+        o = Options(ones, ones, (ones, ones), (0.5, 2.0, 1.0))
+
+        def steps(n):
+            for _ in range(n):
+                found = op_forward(x, o, kind, at)
+                op_backward(x, tf.constant(x) * 1.0, found, o, kind, at)
+                try:
+                    op_forward(x, Options(factor=ones[:2]), kind, at)
+                except tf.errors.InvalidArgumentError:
+                    pass
+
+        def resident():
+            return int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
+
+        steps(200)
+        before = resident()
+        steps(400)
+        assert resident() - before < 40 << 20  # one array a step would be 160 MB
+    """)

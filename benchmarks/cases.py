@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 
-__all__ = ["Case", "cases"]
+__all__ = ["Case", "cases", "small_calls"]
 
 RESNET50 = (
     *((64, 112), (64, 56), (128, 56), (256, 56), (128, 28), (256, 28), (512, 28)),
@@ -32,8 +32,9 @@ class Case:
         shape: Shape of the input.
         axis: The feature axis.
         dtype: Type of the input.
-        mode: ``"forward"`` (in training), ``"step"`` (forward and backward), ``"inference"``, or ``"network"`` (a
-            training step of a whole network).
+        mode: ``"forward"`` (in training), ``"step"`` (forward and backward) or ``"inference"``; ``"eager step"`` and
+            ``"eager inference"`` are without a graph where the framework has one; ``"network"`` is a training step of
+            a whole network.
         option: ``"plain"`` or one of `OPTIONS`.
     """
 
@@ -47,10 +48,20 @@ class Case:
     @property
     def megabytes(self) -> float:
         """Size of the input."""
-        size = 2 if self.dtype == "bfloat16" else 4
+        size = {"bfloat16": 2, "float32": 4, "float64": 8}[self.dtype]
         for side in self.shape:
             size *= side
         return size / 1e6
+
+    @property
+    def sizes(self) -> str:
+        """The shape in one word."""
+        return "x".join(map(str, self.shape))
+
+    @property
+    def call(self) -> str:
+        """What is called, besides the shape."""
+        return ", ".join((self.mode, self.option, self.dtype, self.layout.removeprefix("features ")))
 
     @property
     def layout(self) -> str:
@@ -75,7 +86,7 @@ def cases(framework: str, quick: bool) -> list[Case]:
     usual = 1 if framework == "pytorch" else -1
     found = []
     for network, shape, axis in _shapes(quick):
-        for dtype in ("float32", "bfloat16"):
+        for dtype in _types(framework, network):
             found += [Case(network, shape, axis, dtype, mode) for mode in ("forward", "step", "inference")]
         if network != "ResNet-50" or axis == usual:
             legal = OPTIONS if len(shape) > 2 else OPTIONS[:-1]
@@ -83,3 +94,20 @@ def cases(framework: str, quick: bool) -> list[Case]:
                 legal = (*legal, "virtual batches of 128")
             found += [Case(network, shape, axis, "float32", "step", option) for option in legal]
     return found
+
+
+def _types(framework: str, network: str) -> tuple[str, ...]:
+    if framework == "numpy":  # which has no bfloat16 of its own
+        return ("float32",) if network == "ResNet-50" else ("float32", "float64")
+    return "float32", "bfloat16"
+
+
+def small_calls(framework: str) -> list[Case]:
+    """List calls so small that most of their time is Python's or the framework's, with every option."""
+    modes = ("step", "inference", *(("eager step", "eager inference") if framework == "tensorflow" else ()))
+    return [
+        Case(network, *OTHERS[network], "float32", mode, option)
+        for network in ("small", "tiny")
+        for mode in modes
+        for option in ("plain", *OPTIONS[:-1])
+    ]

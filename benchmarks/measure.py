@@ -16,7 +16,7 @@ from .frameworks import Contender, Framework
 
 __all__ = ["check", "peak_megabytes", "times"]
 
-TOLERANCE = {"float32": 1e-3, "bfloat16": 4e-2}
+TOLERANCE = {"float64": 1e-9, "float32": 1e-3, "bfloat16": 4e-2}
 
 
 def times(contenders: list[Contender], seconds: float, least: int = 7, most: int = 200) -> list[float]:

@@ -1,34 +1,68 @@
-"""What came of it: a table for the terminal and for the README, and a plot of speed against the floor."""
+"""What came of it: tables for the terminal and the documents, and a plot of speed against the floor."""
 
 from __future__ import annotations
 
 import csv
+import functools
 import math
 import pathlib
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
-__all__ = ["FIELDS", "headings", "plot", "read", "summary", "update_readme"]
+from .memory import KEPT, RETURNED, THEIR_OWN
 
-FIELDS = ("network", "shape", "layout", "dtype", "mode", "option", "megabytes", "kernel", "floor", "contender",
-          "milliseconds", "peak_megabytes")  # fmt: skip
+__all__ = ["FIELDS", "Section", "chosen", "plot", "read", "sections", "update"]
+
+FIELDS = ("network", "shape", "layout", "dtype", "mode", "option", "memory", "megabytes", "kernel", "floor",
+          "contender", "milliseconds", "peak_megabytes")  # fmt: skip
+MODES = ("forward", "step", "inference")
+MEMORY = {KEPT: "memory kept by the process", RETURNED: "memory returned to the system", THEIR_OWN: "its own memory"}
+
+CHOSEN = (
+    ("pytorch", "contiguous", "torch.nn", {"layout": "features first"}),
+    ("pytorch", "contiguous", "torch.compile", {"layout": "features first"}),
+    ("pytorch", "channels_last", "torch.nn", {"layout": "features last"}),
+    ("pytorch", "channels_last", "torch.compile", {"layout": "features last"}),
+    ("pytorch", "contiguous, bfloat16", "torch.nn", {"layout": "features first", "dtype": "bfloat16"}),
+    ("pytorch", "renorm", "torchrl", {"option": "renorm"}),
+    ("tensorflow", "features last", "the original", {"layout": "features last"}),
+    ("tensorflow", "features first", "the original", {"layout": "features first"}),
+    ("tensorflow", "renorm", "the original", {"option": "renorm"}),
+    ("tensorflow", "virtual batches", "the original", {"option": "virtual batches"}),
+    ("numpy", "features last", "by hand", {"layout": "features last"}),
+    ("numpy", "features first", "by hand", {"layout": "features first"}),
+)
+"""The lines of the README: framework, name, peer, and which rows, of training steps on ResNet-50's shapes."""
 
 Row = dict[str, Any]
 
 
-def read(path: pathlib.Path) -> list[Row]:
-    """Read what a run has written."""
-    with path.open(newline="") as file:
-        rows: list[Row] = list(csv.DictReader(file))
+class Section(NamedTuple):
+    """A table."""
+
+    title: str
+    head: tuple[str, ...]
+    lines: list[tuple[str, ...]]
+
+    def markdown(self) -> str:
+        """Write it for a document."""
+        rows = (self.head, ("---",) * len(self.head), *self.lines)
+        return "\n".join("| " + " | ".join(cells) + " |" for cells in rows)
+
+
+def read(path: pathlib.Path) -> tuple[str, list[Row]]:
+    """Read what a run has written: the conditions, and the rows."""
+    first, *rest = path.read_text().splitlines()
+    rows: list[Row] = list(csv.DictReader(rest))
     for row in rows:
         for key in ("megabytes", "floor", "milliseconds"):
             row[key] = float(row[key])
         row["peak_megabytes"] = float(row["peak_megabytes"]) if row["peak_megabytes"] else None
-    return rows
+    return first.removeprefix("# "), rows
 
 
 def _key(row: Row) -> tuple[Any, ...]:
-    return tuple(row[name] for name in ("shape", "layout", "dtype", "mode", "option"))
+    return tuple(row[name] for name in ("memory", "shape", "layout", "dtype", "mode", "option"))
 
 
 def _mean(values: Iterable[float]) -> float:
@@ -36,87 +70,90 @@ def _mean(values: Iterable[float]) -> float:
     return math.exp(sum(logarithms) / len(logarithms)) if logarithms else math.nan
 
 
-def headings(peers: Iterable[str]) -> tuple[str, ...]:
-    """Name the columns of the table."""
-    return ("shapes", *(f"× {peer}" for peer in peers), "time ÷ our plain", "time ÷ floor, above 4 MB", "cases")
+def _ours(rows: Iterable[Row]) -> dict[tuple[Any, ...], Row]:
+    return {_key(row): row for row in rows if row["contender"] == "batchnorm"}
 
 
-def summary(rows: list[Row], peers: Iterable[str]) -> list[tuple[str, ...]]:
-    """Geometric means of ratios by group: how many times faster than each peer, and how far from plain and floor."""
-    ours = {_key(row): row for row in rows if row["contender"] == "batchnorm"}
-    plain = {key[:4]: row for key, row in ours.items() if key[4] == "plain"}
-    lines: list[tuple[str, ...]] = []
+def _faster(rows: Iterable[Row], peer: str) -> list[float]:
+    """How many times as fast as a peer we are, case by case."""
+    found = list(rows)
+    ours = _ours(found)
+    return [row["milliseconds"] / ours[_key(row)]["milliseconds"] for row in found if row["contender"] == peer]
 
-    def line(title: str, chosen: Callable[[Row], bool]) -> None:
-        mine = [row for row in ours.values() if chosen(row)]
-        if not mine:
-            return
+
+def sections(rows: list[Row], peers: Sequence[str]) -> Iterator[Section]:
+    """Group the rows, and take geometric means: times as fast as each peer, and time beside plain and the floor."""
+    for memory in dict.fromkeys(row["memory"] for row in rows):
+        here = [row for row in rows if row["memory"] == memory]
+        resnet = [row for row in here if row["network"] == "ResNet-50"]
+        others = [row for row in here if row["network"] != "ResNet-50" and row["mode"] in MODES]
+        steps = [row for row in others if row["mode"] == "step" and row["dtype"] == "float32"]
+        for title, some, names in (
+            ("ResNet-50, plain", [row for row in resnet if row["option"] == "plain"], ("layout", "dtype", "mode")),
+            ("ResNet-50, float32 steps", [row for row in resnet if row["option"] != "plain"], ("option",)),
+            ("other shapes, plain", [row for row in others if row["option"] == "plain"], ("network", "dtype", "mode")),
+            ("other shapes, float32 steps", [row for row in steps if row["option"] != "plain"], ("network", "option")),
+            ("a step of a whole network", [row for row in here if row["mode"] == "network"], ("network", "layout")),
+        ):
+            if some:
+                yield _section(f"{title}; {MEMORY.get(memory, memory)}", some, names, peers, _ours(here))
+
+
+def _section(
+    title: str, rows: list[Row], names: tuple[str, ...], peers: Sequence[str], ours: Mapping[tuple[Any, ...], Row]
+) -> Section:
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(", ".join(row[name] for name in names), []).append(row)
+    columns: dict[str, Callable[[list[Row]], list[float]]] = {
+        f"× {peer}": functools.partial(_faster, peer=peer) for peer in peers
+    }
+
+    def beside_plain(some: list[Row]) -> list[float]:
+        pairs = ((row, ours.get((*key[:-1], "plain"))) for key, row in _ours(some).items() if key[-1] != "plain")
+        return [row["milliseconds"] / plain["milliseconds"] for row, plain in pairs if plain]
+
+    def above_floor(some: list[Row]) -> list[float]:
+        mine = _ours(some).values()
+        return [row["milliseconds"] / row["floor"] for row in mine if row["floor"] and row["megabytes"] > 4]
+
+    columns |= {"÷ plain": beside_plain, "÷ floor": above_floor}
+    cells = {name: [function(some) for some in groups.values()] for name, function in columns.items()}
+    shown = {name: ratios for name, ratios in cells.items() if any(ratios)}
+    lines = [
+        (group, *(_cell(ratios[position], name.startswith("×")) for name, ratios in shown.items()))
+        for position, group in enumerate(groups)
+    ]
+    return Section(title, ("", *shown), lines)
+
+
+def _cell(ratios: list[float], spread: bool) -> str:
+    if not ratios:
+        return ""
+    return f"{_mean(ratios):.2f}" + (f" ({min(ratios):.2f} to {max(ratios):.2f})" if spread and len(ratios) > 1 else "")
+
+
+def chosen(results: Mapping[str, list[Row]], titles: Mapping[str, str]) -> Section:
+    """Make the short table, from the rows of each framework that has been measured."""
+    lines = []
+    for framework, name, peer, wanted in CHOSEN:
+        usual = {"network": "ResNet-50", "mode": "step", "option": "plain", "dtype": "float32"} | wanted
+        rows = [row for row in results.get(framework, ()) if all(row[key] == usual[key] for key in usual)]
         cells = []
-        for peer in peers:
-            ratios = [
-                row["milliseconds"] / ours[_key(row)]["milliseconds"]
-                for row in rows
-                if row["contender"] == peer and chosen(row)
-            ]
-            spread = f" ({min(ratios):.2f} to {max(ratios):.2f})" if len(ratios) > 1 else ""
-            cells.append(f"{_mean(ratios):.2f}{spread}" if ratios else "")
-        beside = [
-            row["milliseconds"] / plain[_key(row)[:4]]["milliseconds"] for row in mine if row["option"] != "plain"
-        ]
-        above = [row["milliseconds"] / row["floor"] for row in mine if row["megabytes"] > 4 and row["floor"]]
-        lines.append(
-            (
-                title,
-                *cells,
-                f"{_mean(beside):.2f}" if beside else "",
-                f"{_mean(above):.2f}" if above else "",
-                str(len(mine)),
-            )
-        )
-
-    for layout in ("features last", "features first"):
-        for dtype in ("float32", "bfloat16"):
-            for mode in ("forward", "step", "inference"):
-                line(
-                    f"ResNet-50, {layout}, {dtype}, {mode}",
-                    lambda row, layout=layout, dtype=dtype, mode=mode: (  # type: ignore[misc]
-                        row["network"] == "ResNet-50"
-                        and (row["layout"], row["dtype"], row["mode"], row["option"]) == (layout, dtype, mode, "plain")
-                    ),
-                )
-    for layout, option in dict.fromkeys((row["layout"], row["option"]) for row in rows if row["option"] != "plain"):
-        line(
-            f"ResNet-50, {layout}, float32, step, {option}",
-            lambda row, layout=layout, option=option: (  # type: ignore[misc]
-                (row["network"], row["layout"], row["option"]) == ("ResNet-50", layout, option)
-            ),
-        )
-    for layout in dict.fromkeys(row["layout"] for row in rows if row["mode"] == "network"):
-        line(
-            f"ResNet-18, {layout}, a step of the whole network",
-            lambda row, layout=layout: (row["mode"], row["layout"]) == ("network", layout),  # type: ignore[misc]
-        )
-    for network in dict.fromkeys(row["network"] for row in rows if row["network"] != "ResNet-50"):
-        for option in dict.fromkeys(row["option"] for row in rows):
-            line(
-                f"{network}, float32, step, {option}",
-                lambda row, network=network, option=option: (  # type: ignore[misc]
-                    (row["network"], row["dtype"], row["mode"], row["option"]) == (network, "float32", "step", option)
-                ),
-            )
-    return lines
+        for memories in ((KEPT, THEIR_OWN), (RETURNED,)):
+            own = [row for row in rows if row["memory"] in memories]
+            cells.append(_cell(_faster(own, peer), spread=True))
+        if any(cells):
+            lines.append((titles[framework], name, peer, *cells))
+    return Section("", ("", "training step", "beside", "× as fast, memory kept", "× as fast, returned"), lines)
 
 
-def update_readme(
-    framework: str, head: tuple[str, ...], lines: list[tuple[str, ...]], conditions: str, path: pathlib.Path
-) -> None:
-    """Put the table between the marks in a document."""
-    text = path.read_text()
-    mark = f"<!-- benchmark {framework}: begin -->"
-    begin = text.index(mark) + len(mark)
-    end = text.index(f"<!-- benchmark {framework}: end -->")
-    table = ["| " + " | ".join(cells) + " |" for cells in (head, ("---",) * len(head), *lines)]
-    path.write_text(f"{text[:begin]}\n{conditions}\n\n" + "\n".join(table) + f"\n{text[end:]}")
+def update(path: pathlib.Path, mark: str, text: str) -> None:
+    """Put a text between the marks of a document."""
+    before = path.read_text()
+    begin, end = f"<!-- {mark}: begin -->", f"<!-- {mark}: end -->"
+    head, rest = before.split(begin)
+    path.write_text(f"{head}{begin}\n{text}\n{end}{rest.split(end)[1]}")
 
 
 def plot(rows: list[Row], title: str, peers: Iterable[str], path: pathlib.Path) -> None:
@@ -126,17 +163,17 @@ def plot(rows: list[Row], title: str, peers: Iterable[str], path: pathlib.Path) 
     mpl.use("Agg")
     from matplotlib import pyplot
 
+    memory = rows[0]["memory"]
     figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.2), sharey=True, layout="constrained")
-    styles = dict(
-        zip(("batchnorm", *peers), (("#0072B2", "o"), ("#666666", "s"), ("#D55E00", "^")), strict=False)  # two peers
-    )
+    looks = (("#0072B2", "o"), ("#666666", "s"), ("#D55E00", "^"))  # of two peers at most
+    styles = dict(zip(("batchnorm", *peers), looks, strict=False))
     for panel, layout in zip(axes, ("features last", "features first"), strict=True):
         for contender, (color, marker) in styles.items():
             chosen = sorted(
                 (row["megabytes"], row["milliseconds"] / row["floor"])
                 for row in rows
-                if (row["contender"], row["layout"], row["dtype"], row["mode"], row["option"])
-                == (contender, layout, "float32", "step", "plain")
+                if (row["contender"], row["layout"], row["dtype"], row["mode"], row["option"], row["memory"])
+                == (contender, layout, "float32", "step", "plain", memory)
             )
             if chosen:
                 x, y = zip(*chosen, strict=True)
@@ -149,6 +186,6 @@ def plot(rows: list[Row], title: str, peers: Iterable[str], path: pathlib.Path) 
         panel.spines[["top", "right"]].set_visible(False)
     axes[0].set_ylabel("time of a training step ÷ floor")
     axes[0].legend(frameon=False)
-    figure.suptitle(f"Plain batch normalization, float32, {title} on the CPU; 1 is reading and writing alone")
+    figure.suptitle(f"Plain batch normalization, float32, {title} on the CPU, memory {memory}; 1 is the floor")
     figure.savefig(path, dpi=150)
     pyplot.close(figure)

@@ -14,7 +14,7 @@ from benchmarks.cases import Case
 
 __all__ = ["Contender", "Framework", "framework"]
 
-Array = npt.NDArray[np.float32]
+Array = npt.NDArray[Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,13 +39,19 @@ class Contender:
 class Framework(Protocol):
     """A module of this package."""
 
+    TITLE: str
     PEERS: tuple[str, ...]
+    KEEPS_MEMORY: bool
+    """Whether it keeps the memory of its arrays by itself, so that what the C library does makes no difference."""
 
     def configure(self, threads: int) -> None:
         """Set the threads that the framework computes with."""
 
     def versions(self) -> str:
         """Name the framework and the peers with their versions."""
+
+    def ours(self, case: Case) -> Contender:
+        """Make our layer on the data of a case."""
 
     def contenders(self, case: Case) -> tuple[list[Contender], Contender]:
         """Make the contenders of a case, ours first, and the floor: what reading and writing the data takes alone."""

@@ -1,10 +1,11 @@
-"""PyTorch: our layer, its own, and those that users copy: of sb3-contrib, torchrl and pytorch-tabnet.
+"""PyTorch: our layer, its own as it is and compiled, and what users copy of sb3-contrib, torchrl and pytorch-tabnet.
 
 Features last means channels_last, of the shape that PyTorch says features first.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.metadata
 import warnings
@@ -20,9 +21,11 @@ from benchmarks.cases import Case
 
 from . import Array, Contender
 
-__all__ = ["PEERS", "array", "configure", "contenders", "extras", "versions"]
+__all__ = ["KEEPS_MEMORY", "PEERS", "TITLE", "array", "configure", "contenders", "extras", "ours", "versions"]
 
-PEERS = ("torch.nn", "torchrl", "sb3-contrib", "pytorch-tabnet")
+TITLE = "PyTorch"
+KEEPS_MEMORY = False
+PEERS = ("torch.nn", "torch.compile", "torchrl", "sb3-contrib", "pytorch-tabnet")
 PACKAGES = ("torch", "torchrl", "sb3-contrib", "pytorch-tabnet")
 
 
@@ -76,27 +79,54 @@ def _run(layer: nn.Module, case: Case, x: Tensor, dy: Tensor) -> Callable[[], li
     return step if case.mode == "step" else forward
 
 
-def contenders(case: Case) -> tuple[list[Contender], Contender]:
-    """Make the contenders of a case, ours first, and the floor: what reading and writing the data takes alone."""
-    shape, dtype = _first(case), getattr(torch, case.dtype)
+@functools.lru_cache(maxsize=2)  # cases of one shape follow each other
+def _random(shape: tuple[int, ...], dtype: str) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
-    x, dy = ((torch.randn(case.shape, generator=generator) * 2 + 0.5).to(dtype) for _ in range(2))
-    if shape != case.shape:
+    x, dy = ((torch.randn(shape, generator=generator) * 2 + 0.5).to(getattr(torch, dtype)) for _ in range(2))
+    return x, dy
+
+
+def _data(case: Case) -> tuple[Tensor, Tensor]:
+    x, dy = _random(case.shape, case.dtype)
+    if _first(case) != case.shape:
         x, dy = x.movedim(-1, 1), dy.movedim(-1, 1)
-    x.requires_grad_(case.mode == "step")
-    kind = f"BatchNorm{1 if len(shape) == 2 else len(shape) - 2}d"
+    return x.detach().requires_grad_(case.mode == "step"), dy
+
+
+def _kind(case: Case) -> str:
+    """The name of the layer, here and in torch.nn."""
+    rank = len(case.shape)
+    return f"BatchNorm{1 if rank == 2 else rank - 2}d"
+
+
+def _ours(case: Case) -> Any:
+    shape = _first(case)
     if case.option == "two axes":
         axes = (1, 2) if case.axis == 1 else (2, 3)
-        ours: Any = batchnorm.torch.BatchNorm(tuple(shape[axis] for axis in axes), axis=axes)
-    else:
-        ours = getattr(batchnorm.torch, kind)(shape[1], **_options(case))
-    found = [Contender("batchnorm", _run(ours, case, x, dy), lambda: ours.kernel)]
+        return batchnorm.torch.BatchNorm(tuple(shape[axis] for axis in axes), axis=axes)
+    return getattr(batchnorm.torch, _kind(case))(shape[1], **_options(case))
+
+
+def ours(case: Case) -> Contender:
+    """Make our layer on the data of a case."""
+    layer = _ours(case)
+    return Contender("batchnorm", _run(layer, case, *_data(case)), lambda: layer.kernel)
+
+
+def contenders(case: Case) -> tuple[list[Contender], Contender]:
+    """Make the contenders of a case, ours first, and the floor: what reading and writing the data takes alone."""
+    shape, (x, dy) = _first(case), _data(case)
+    found = [ours(case)]
     if case.option == "plain":
-        found.append(Contender("torch.nn", _run(getattr(nn, kind)(shape[1]), case, x, dy)))
+        make = getattr(nn, _kind(case))
+        found.append(Contender("torch.nn", _run(make(shape[1]), case, x, dy)))
+        torch.compiler.reset()  # else it gives up compiling after a few shapes, without a word
+        compiled: Any = torch.compile(make(shape[1]), fullgraph=True, dynamic=False)
+        found.append(Contender("torch.compile", _run(compiled, case, x, dy)))
     if case.option == "renorm":
         found += _renorm_peers(case, shape, x, dy)
     if case.option.startswith("virtual") and len(shape) == 2:
-        found.append(_tabnet(case, shape, x, dy, ours.virtual_batch_size))
+        found.append(_tabnet(case, shape, x, dy, _options(case)["virtual_batch_size"]))
 
     @torch.no_grad()
     def floor() -> list[Tensor]:  # a copy; and for the gradient, two read and one written

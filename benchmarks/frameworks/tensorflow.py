@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import os
 import warnings
@@ -14,14 +15,15 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import tensorflow as tf
 
-import batchnorm.numpy
 import batchnorm.tensorflow
 from benchmarks.cases import Case
 
 from . import Array, Contender
 
-__all__ = ["PEERS", "array", "configure", "contenders", "extras", "versions"]
+__all__ = ["KEEPS_MEMORY", "PEERS", "TITLE", "array", "configure", "contenders", "extras", "ours", "versions"]
 
+TITLE = "TensorFlow"
+KEEPS_MEMORY = True
 PEERS = ("the original", "Keras 3")
 
 
@@ -59,28 +61,37 @@ def _options(case: Case) -> dict[str, Any]:
 
 
 def _run(layer: Any, case: Case, x: Any, dy: Any) -> Callable[[], list[Any]]:
-    training = case.mode != "inference"
+    training = not case.mode.endswith("inference")
 
-    @tf.function
     def forward() -> list[Any]:
         return [layer(x, training=training)]
 
-    @tf.function
     def step() -> list[Any]:
         with tf.GradientTape() as tape:
             tape.watch(x)
             y = layer(x, training=training)
         return [y, *tape.gradient(y, [x, *layer.trainable_variables], output_gradients=dy)]
 
-    return step if case.mode == "step" else forward  # type: ignore[no-any-return]
+    run = step if case.mode.endswith("step") else forward
+    return run if case.mode.startswith("eager") else tf.function(run)
+
+
+@functools.lru_cache(maxsize=2)  # cases of one shape follow each other
+def _data(shape: tuple[int, ...], dtype: str) -> tuple[Any, Any]:
+    x = tf.cast(tf.random.stateless_normal(shape, [1, 2], 0.5, 2.0), dtype)
+    return x, tf.cast(tf.random.stateless_normal(shape, [3, 4]), dtype)
+
+
+def ours(case: Case) -> Contender:
+    """Make our layer on the data of a case."""
+    layer = batchnorm.tensorflow.BatchNormalization(**_options(case))
+    return Contender("batchnorm", _run(layer, case, *_data(case.shape, case.dtype)), lambda: layer.kernel)
 
 
 def contenders(case: Case) -> tuple[list[Contender], Contender]:
     """Make the contenders of a case, ours first, and the floor: what reading and writing the data takes alone."""
-    x = tf.cast(tf.random.stateless_normal(case.shape, [1, 2], 0.5, 2.0), case.dtype)
-    dy = tf.cast(tf.random.stateless_normal(case.shape, [3, 4]), case.dtype)
-    ours = batchnorm.tensorflow.BatchNormalization(**_options(case))
-    found = [Contender("batchnorm", _run(ours, case, x, dy), lambda: ours.kernel)]
+    x, dy = _data(case.shape, case.dtype)
+    found = [ours(case)]
     original = importlib.import_module("tf_keras.src.legacy_tf_layers.normalization")
     layer = original.BatchNormalization(dtype=case.dtype, **_options(case))
     found.append(Contender("the original", _run(layer, case, x, dy)))
@@ -97,8 +108,5 @@ def contenders(case: Case) -> tuple[list[Contender], Contender]:
 
 
 def extras(quick: bool) -> list[tuple[Case, list[Contender]]]:
-    """Our NumPy layer on the smallest shape, where a call itself is what takes time."""
-    layer = batchnorm.numpy.BatchNormalization()
-    x = np.random.default_rng(0).normal(size=(64, 16)).astype(np.float32)
-    ours = Contender("batchnorm", lambda: [layer(x, training=True)], lambda: layer.kernel)
-    return [(Case("NumPy", x.shape, -1, "float32", "forward"), [ours])]
+    """Make what is measured besides single layers: nothing."""
+    return []

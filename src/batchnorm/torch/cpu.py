@@ -148,7 +148,7 @@ def forward(
             "momentum": momentum, "bessel": bessel, "renorm_momentum": renorm_momentum,
         }  # fmt: skip
     kernel.forward_at(
-        threads=torch.get_num_threads(), x=x.data_ptr(), y=y.data_ptr(), mean=mean, variance=variance,
+        threads=torch.get_num_threads(), x=_at("x", x), y=_at("y", y), mean=mean, variance=variance,
         factor=_at("factor", factor), offset=_at("offset", offset), **optional,
     )  # fmt: skip
     return y, moments, correction
@@ -176,7 +176,7 @@ def backward(
     mean, variance = _halves(moments)
     r, d = _halves(correction)
     kernel.backward_at(
-        threads=torch.get_num_threads(), x=x.data_ptr(), dy=dy.data_ptr(), dx=dx.data_ptr(), mean=mean,
+        threads=torch.get_num_threads(), x=_at("x", x), dy=_at("dy", dy), dx=_at("dx", dx), mean=mean,
         variance=variance, factor=_at("factor", factor), r=r, d=d, dfactor=_at("dfactor", dfactor),
         doffset=_at("doffset", doffset),
     )  # fmt: skip
@@ -198,7 +198,7 @@ def _at(name: str, value: Tensor | None) -> int:
         return 0
     address = value.data_ptr()
     if not address:  # which would count as an absent one
-        raise ValueError(f"{name} has no memory; received a tensor of shape {tuple(value.shape)}.")
+        raise RuntimeError(f"{name} has no memory; received a tensor of shape {tuple(value.shape)} without storage.")
     return address
 
 

@@ -158,16 +158,15 @@ def train(
     if merge is not None:
         moments = merge(moments)
         centered = _live(xp, batch.x - moments.mean - moments.rest, batch.weights)
-    averaged = algebra.average_groups(xp, moments, plan.group_axis)
+    stored = moments._replace(variance=algebra.unbiased_variance(xp, moments)) if unbiased else moments
+    averaged = algebra.average_groups(xp, stored, plan.group_axis)
     corrected = None
     if renorm is not None:
+        biased = algebra.average_groups(xp, moments, plan.group_axis) if unbiased else averaged
         mean, stddev = batch.parameter(renorm.mean), batch.parameter(renorm.stddev)
-        corrected = algebra.correction(xp, averaged, mean, stddev, epsilon, renorm.clipping)
+        corrected = algebra.correction(xp, biased, mean, stddev, epsilon, renorm.clipping)
     elif correction is not None:
         corrected = Correction(*(batch.parameter(value) for value in correction))
-    if unbiased:
-        spread = moments._replace(variance=algebra.unbiased_variance(xp, moments))
-        averaged = algebra.average_groups(xp, spread, plan.group_axis)
     if adjustment is not None:
         adjustment = xp.astype(adjustment[0], x.dtype), xp.astype(adjustment[1], x.dtype)
     factor, offset = algebra.fold(batch.parameter(gamma), batch.parameter(beta), adjustment)

@@ -50,10 +50,10 @@ def train(
         options.fused, {operations.KERNEL: by_feature and operations.serves(x, plan), FUSED_OP: fusible}
     )
     count = xp.astype(plan.whole.count(xp.shape(x)), wide(x))
-    gamma, beta = read("gamma"), read("beta")
     if kernel == FUSED_OP:
         y, mean, variance = _fused(x, plan, options, read)
         return y, Moments(mean, variance, count), kernel
+    gamma, beta = read("gamma"), read("beta")
     renorm = None
     if options.renorm:
         # Copies, for the kernel must see the averages of before this step even if it runs later.

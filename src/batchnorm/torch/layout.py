@@ -26,16 +26,14 @@ __all__ = [
 
 def plan(x: Tensor, axes: int | tuple[int, ...], virtual_batch_size: int | None) -> Geometry:
     """Work out the geometry, without the cache where it would be traced into a graph."""
-    known = not torch.compiler.is_compiling() and all(type(size) is int for size in x.shape)
-    make = geometry.plan if known else geometry.plan.__wrapped__
+    make = geometry.plan if _is_known(x) else geometry.plan.__wrapped__
     found: Geometry = make(tuple(x.shape), axes, virtual_batch_size)
     return found
 
 
 def training_plan(x: Tensor, axes: tuple[int, ...], virtual_batch_size: int | None) -> tuple[Geometry, int]:
     """Work out the geometry of a training step, and the number of values of each feature in a (virtual) batch."""
-    known = not torch.compiler.is_compiling() and all(type(size) is int for size in x.shape)
-    make = _training_plan if known else _training_plan.__wrapped__
+    make = _training_plan if _is_known(x) else _training_plan.__wrapped__
     return make(tuple(x.shape), axes, virtual_batch_size)
 
 
@@ -46,6 +44,11 @@ def _training_plan(
     found: Geometry = geometry.plan.__wrapped__(shape, axes, virtual_batch_size)
     found.check_divides(shape[0])
     return found, found.count(found.split(shape))
+
+
+def _is_known(x: Tensor) -> bool:
+    """Tell whether a shape is made of numbers, and nothing traces what is done with it."""
+    return not torch.compiler.is_compiling() and all(type(size) is int for size in x.shape)
 
 
 def wide(x: Tensor) -> torch.dtype:

@@ -122,7 +122,8 @@ def contenders(case: Case) -> tuple[list[Contender], Contender]:
         found.append(Contender("torch.nn", _run(make(shape[1]), case, x, dy)))
         torch.compiler.reset()  # else it gives up compiling after a few shapes, without a word
         compiled: Any = torch.compile(make(shape[1]), fullgraph=True, dynamic=False)
-        found.append(Contender("torch.compile", _run(compiled, case, x, dy)))
+        rounds = 2 if case.dtype == "bfloat16" else 1  # its gradient of the weight is off by up to 6 % there
+        found.append(Contender("torch.compile", _run(compiled, case, x, dy), tolerance=rounds))
     if case.option == "renorm":
         found += _renorm_peers(case, shape, x, dy)
     if case.option.startswith("virtual") and len(shape) == 2:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import math
 import re
 from collections.abc import Callable
 from typing import Any
@@ -431,3 +432,91 @@ def test_an_adjustment_on_another_device_is_refused() -> None:
     layer = BatchNorm2d(3, adjustment=lambda shape: (torch.ones(1, device="meta"), torch.zeros(1)))
     with pytest.raises(ValueError, match="adjustment must return tensors on the input's device, cpu"):
         layer(torch.ones(4, 3, 2, 2))
+
+
+# A call that raises leaves no trace
+
+
+def interrupt(*_: Any) -> Any:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("options", [{"renorm": True}, {"virtual_batch_size": 2}, {"fused": False}, {}], ids=str)
+@pytest.mark.parametrize("shape", [(4, 3, 2, 2), (4, 3, 200, 60)], ids=["small", "large"])
+def test_a_call_that_cannot_be_recorded_for_its_gradient_moves_nothing(
+    options: dict[str, Any], shape: tuple[int, ...]
+) -> None:
+    layer: Any = BatchNorm2d(3, **options)
+    before = copied(layer)
+    with torch.inference_mode():
+        x = torch.ones(shape)
+    if layer.fused is not False:  # composed, nothing is saved that comes from outside
+        with pytest.raises(RuntimeError, match="Inference tensors cannot be saved"):
+            layer(x)
+        unchanged(layer, before)
+    if options or math.prod(shape) > 1 << 17:  # PyTorch's own operator has moved them by then
+        with (
+            torch.autograd.graph.saved_tensors_hooks(interrupt, lambda value: value),
+            pytest.raises(KeyboardInterrupt),
+        ):
+            layer(torch.ones(shape))
+        unchanged(layer, before)
+
+
+@pytest.mark.parametrize("options", [{}, {"fused": False}, {"renorm": True}, {"renorm": True, "fused": False}], ids=str)
+def test_statistics_of_inference_mode_are_not_moved_outside_of_it(options: dict[str, Any]) -> None:
+    for name in ("running_var", "num_batches_tracked", *(["renorm_stddev"] if options.get("renorm") else [])):
+        layer: Any = BatchNorm2d(3, **options)
+        with torch.inference_mode():
+            layer._buffers[name] = getattr(layer, name).clone()
+        if name != "num_batches_tracked" and layer.fused is not False:
+            continue  # the kernels move them as PyTorch's own operator does
+        before = copied(layer)
+        with pytest.raises(RuntimeError, match=f"{name} must not be moved outside of inference mode"):
+            layer(torch.rand(4, 3, 2, 2))
+        unchanged(layer, before)
+        with torch.inference_mode():
+            layer(torch.rand(4, 3, 2, 2))
+        assert layer.num_batches_tracked == 1
+
+
+@pytest.mark.parametrize("name", ["running_mean", "running_var", "renorm_mean", "renorm_stddev"])
+@pytest.mark.parametrize("fused", [None, False])
+def test_expanded_statistics_are_refused_before_others_move(name: str, fused: bool | None) -> None:
+    statistics: dict[str, Any] = {
+        "running_mean": torch.zeros(3),
+        "running_var": torch.ones(3),
+        "renorm_mean": torch.zeros(3),
+        "renorm_stddev": torch.ones(3),
+    }
+    statistics[name] = torch.ones(1).expand(3)
+    before = {key: value.clone() for key, value in statistics.items()}
+    with pytest.raises(ValueError, match=rf"^{name} must have memory for each of its values.*strides \(0,\)"):
+        batch_norm(torch.rand(4, 3), training=True, fused=fused, **statistics)
+    assert all(torch.equal(value, before[key]) for key, value in statistics.items())
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"fused": False}, {"renorm": True}, {"virtual_batch_size": 4}, {"renorm": True, "fused": False}],
+    ids=str,
+)
+@pytest.mark.parametrize(
+    ("kept", "given", "name"),
+    [
+        (torch.float32, torch.float64, "float64"),
+        (torch.float64, torch.float32, "float32"),
+        (torch.bfloat16, torch.float32, "float32"),
+        (torch.float16, torch.bfloat16, "bfloat16"),
+    ],
+    ids=str,
+)
+def test_a_type_that_is_not_the_layer_s_is_refused_whatever_the_options(
+    kept: torch.dtype, given: torch.dtype, name: str, options: dict[str, Any], training: bool
+) -> None:
+    layer = BatchNorm1d(3, dtype=kept, **options).train(training)
+    before = copied(layer)
+    with pytest.raises((RuntimeError, TypeError), match=f"for an input of torch.{name}|expect|share same datatype"):
+        layer(torch.rand(8, 3).to(given))
+    unchanged(layer, before)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import batchnorm.torch as ours
-from batchnorm.torch import convert
+from batchnorm.torch import convert, revert
 
 OURS = (ours.BatchNorm1d, ours.BatchNorm2d, ours.BatchNorm3d, ours.BatchNorm)
 RENORM = ["renorm_mean", "renorm_stddev"]
@@ -212,6 +212,7 @@ class Subclass(nn.BatchNorm2d):
     [Subclass(3), nn.SyncBatchNorm(3), nn.LazyBatchNorm2d(), nn.InstanceNorm2d(3, affine=True), nn.GroupNorm(1, 3)],
     ids=lambda layer: type(layer).__name__,
 )
+@pytest.mark.filterwarnings("ignore:Batch normalization layers that were not converted:UserWarning")
 def test_other_layers_are_left_as_they_are(layer: nn.Module) -> None:
     model: Any = nn.Sequential(nn.Sequential(layer), nn.BatchNorm2d(3))
     convert(model, virtual_batch_size=2)
@@ -451,3 +452,82 @@ def test_an_option_that_is_set_later_is_checked_and_takes_effect() -> None:
     assert torch.equal(layer.renorm_mean, layer.running_mean)
     layer.renorm = False
     assert "renorm_mean" not in layer.state_dict()
+
+
+# --- what is left, and the way back ---
+
+
+class Rectified(nn.BatchNorm2d):
+    """One with a forward of its own."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input).relu()
+
+
+@pytest.mark.parametrize(
+    ("left", "message"),
+    [
+        (lambda: Rectified(4), r"not converted: 0 \(Rectified\)\.$"),
+        (lambda: nn.SyncBatchNorm(4), r"not converted: 0 \(SyncBatchNorm\)\.$"),
+        (nn.LazyBatchNorm2d, r"not converted: 0 \(LazyBatchNorm2d\); lazy layers can be converted after"),
+    ],
+    ids=["a subclass", "SyncBatchNorm", "lazy"],
+)
+@pytest.mark.filterwarnings("ignore:Lazy modules are:UserWarning")
+def test_what_is_not_converted_is_named(left: Any, message: str) -> None:
+    model = nn.Sequential(left(), nn.BatchNorm2d(4))
+    with pytest.warns(UserWarning, match=message):
+        convert(model, renorm=True)
+    assert type(model[1]) is ours.BatchNorm2d
+
+
+@pytest.mark.filterwarnings("ignore:Lazy modules are:UserWarning", "ignore:Batch normalization layers:UserWarning")
+def test_a_lazy_layer_is_converted_after_its_first_batch() -> None:
+    model: Any = convert(nn.Sequential(nn.LazyBatchNorm2d()))
+    model(torch.randn(4, 3, 2, 2))
+    convert(model, renorm=True)
+    assert model[0].renorm_mean.shape == (3,)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"renorm": True}, {"virtual_batch_size": 8}, {"adjustment": lambda shape: (torch.ones(1), torch.zeros(1))}],
+    ids=["plain", "renorm", "virtual batches", "adjustment"],
+)
+def test_a_reverted_model_infers_the_same_and_has_the_state_of_a_plain_one(options: Any) -> None:
+    model: Any = convert(trained()[0], **options)
+    train(model, optimizer_of(model), batches(3, seed=1))
+    x = batches(1, seed=2)[0][0]
+    expected = model.eval()(x)
+    parameters = {name: id(value) for name, value in model.named_parameters()}
+    assert id(revert(model)) == id(model)
+    assert {type(one) for one in norms(model).values()} == {nn.BatchNorm1d, nn.BatchNorm2d}
+    torch.testing.assert_close(model(x), expected, rtol=1e-5, atol=1e-5)
+    assert list(model.state_dict()) == list(network().state_dict())
+    network().load_state_dict(model.state_dict())
+    assert {name: id(value) for name, value in model.named_parameters()} == parameters
+    assert set(vars(model.stem[1])) == set(vars(network().stem[1]))
+
+
+def test_a_reverted_layer_keeps_hooks_and_mode_and_the_layer_stays_what_it_was() -> None:
+    layer: Any = ours.BatchNorm2d(4, renorm=True).eval()
+    seen: list[Any] = []
+    handle = layer.register_forward_hook(lambda module, args, output: seen.append(module))
+    plain = revert(layer)
+    assert type(plain) is nn.BatchNorm2d
+    assert not plain.training
+    plain(torch.ones(2, 4, 2, 2))
+    assert seen == [plain]
+    handle.remove()
+    assert not plain._forward_hooks
+    assert layer.renorm
+    assert layer.train()(torch.randn(2, 4, 2, 2)).shape == (2, 4, 2, 2)
+
+
+def test_what_has_no_counterpart_is_named_and_left() -> None:
+    model = nn.Sequential(ours.BatchNorm((4, 5), axis=(1, 2)), ours.BatchNorm2d(4))
+    with pytest.warns(UserWarning, match=r"not reverted: 0 \(BatchNorm\)\.$"):
+        revert(model)
+    assert [type(layer) for layer in model] == [ours.BatchNorm, nn.BatchNorm2d]
+    with pytest.raises(TypeError, match=r"module must be a torch\.nn\.Module"):
+        revert("model")  # type: ignore[arg-type]

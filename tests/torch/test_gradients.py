@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.autograd import gradcheck, gradgradcheck
 from torch.func import functional_call
 
-from batchnorm.torch import BatchNorm, BatchNorm2d, batch_norm
+from batchnorm.torch import BatchNorm, BatchNorm2d, BatchNorm3d, batch_norm
 
 pytestmark = [
     pytest.mark.usefixtures("force_cpu"),
@@ -270,3 +270,123 @@ def test_hessians_agree_with_plain_autograd(case: Case, fused: bool | None) -> N
     plain: Any = torch.autograd.functional.hessian
     transformed: Any = torch.func.hessian
     torch.testing.assert_close(transformed(score, tuple(range(len(leaves))))(*leaves), plain(score, leaves))
+
+
+# --- views, many gradients at once, and what a tensor's memory does not show ---
+
+
+@pytest.mark.parametrize("small", [True, False], ids=["small", "large"])
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+@pytest.mark.parametrize("options", [{}, {"virtual_batch_size": 4}, {"fused": False}], ids=str)
+@pytest.mark.parametrize("rank", [4, 5])
+def test_gradients_of_views_with_axes_of_size_one_are_those_of_their_values(
+    rank: int, options: dict[str, Any], training: bool, small: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if small:
+        monkeypatch.setattr("batchnorm.torch.functional.SMALL", 1 << 17)
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randn(4, 50, 8, generator=generator)
+    ones = [1] * (rank - 3)
+    views = {
+        "an odd stride": tokens.transpose(1, 2).reshape(4, 8, 50, *ones),
+        "unsqueezed": tokens.transpose(1, 2)[(..., *[None] * (rank - 3))],
+        "one sample": tokens[:1].transpose(1, 2)[(..., *[None] * (rank - 3))],
+        "one channel": tokens[..., :1].transpose(1, 2)[(..., *[None] * (rank - 3))],
+        "the axis in front": tokens.transpose(1, 2)[(slice(None), slice(None), *[None] * (rank - 3))],
+    }
+    kind: Any = BatchNorm2d if rank == 4 else BatchNorm3d
+    for name, view in views.items():
+        if len(view) == 1 and options.get("virtual_batch_size"):
+            continue
+        head = torch.randn(view.numel() // len(view), 3, generator=generator)
+        found = []
+        for x, dtype in ((view, torch.float32), (view.contiguous(), torch.float64)):
+            layer = kind(view.shape[1], dtype=dtype, **options).train(training)
+            leaf = x.detach().to(dtype).requires_grad_() if dtype == torch.float64 else x.detach().requires_grad_()
+            torch.autograd.backward((layer(leaf).flatten(1) @ head.to(dtype)).square().sum())
+            found.append([leaf.grad, layer.weight.grad, layer.bias.grad])
+        for own, expected in zip(*found, strict=True):
+            scale = float(expected.abs().max())
+            torch.testing.assert_close(own.double(), expected, rtol=0, atol=1e-4 * max(scale, 1), msg=name)
+
+
+BATCHED: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "composed": {"fused": False},
+    "renorm": {"renorm": True, "renorm_clipping": FIXED},
+    "virtual batches": {"virtual_batch_size": 4},
+    "adjustment": {"adjustment": lambda shape: (torch.tensor(1.5), torch.tensor([0.5, 1.0, 2.0]).reshape(-1, 1, 1))},
+    "not affine": {"affine": False},
+}
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+@pytest.mark.parametrize("form", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("options", BATCHED.values(), ids=list(BATCHED))
+def test_many_gradients_at_once_are_those_one_by_one(options: dict[str, Any], form: Any, training: bool) -> None:
+    layer = BatchNorm2d(3, **options).train(training)
+    layer.momentum = layer.renorm_momentum = 0.0
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(8, 3, 3, 2, generator=generator).contiguous(memory_format=form).requires_grad_()
+    many = torch.randn(5, *x.shape, generator=generator)
+    inputs = [x, *layer.parameters()]
+    found = torch.autograd.grad(layer(x), inputs, many, is_grads_batched=True)
+    expected = zip(*(torch.autograd.grad(layer(x), inputs, dy) for dy in many), strict=True)
+    for own, rows in zip(found, expected, strict=True):
+        torch.testing.assert_close(own, torch.stack(rows), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
+@pytest.mark.parametrize("options", BATCHED.values(), ids=list(BATCHED))
+def test_vectorized_jacobians_and_hessians_are_those_row_by_row(options: dict[str, Any]) -> None:
+    layer = BatchNorm2d(3, **options)
+    layer.momentum = layer.renorm_momentum = 0.0
+    x = torch.randn(4, 3, 2, 1, generator=torch.Generator().manual_seed(0))
+
+    def rows(x: Tensor) -> Any:
+        return layer(x).sum(0)
+
+    def number(x: Tensor) -> Any:
+        return layer(x).pow(3).sum()
+
+    pairs: Any = (
+        (torch.autograd.functional.jacobian, rows),
+        (torch.autograd.functional.hessian, number),
+    )
+    for differentiate, function in pairs:
+        found, expected = (differentiate(function, x, vectorize=vectorize) for vectorize in (True, False))
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+@pytest.mark.parametrize("options", BATCHED.values(), ids=list(BATCHED))
+def test_functionalized_layers_give_the_same_and_move_the_same(options: dict[str, Any], training: bool) -> None:
+    layer, twin = (BatchNorm2d(3, **options).train(training) for _ in range(2))
+    x = torch.randn(8, 3, 3, 2, generator=torch.Generator().manual_seed(0)) + 1
+    parameters, buffers = dict(layer.named_parameters()), dict(layer.named_buffers())
+    y = torch.func.functionalize(functools.partial(functional_call, layer))((parameters, buffers), x)
+    torch.testing.assert_close(y, twin(x))
+    torch.testing.assert_close(layer.state_dict(), twin.state_dict())
+
+
+@pytest.mark.parametrize("options", [{}, {"virtual_batch_size": 4}, {"fused": False}], ids=str)
+def test_views_that_negate_are_seen_as_they_are(options: dict[str, Any]) -> None:
+    generator = torch.Generator().manual_seed(0)
+
+    def negated(*shape: int) -> Tensor:
+        """A tensor whose memory holds the negatives of its values."""
+        return torch.complex(*(torch.rand(shape, generator=generator) for _ in range(2))).conj().imag
+
+    x, dy = negated(8, 3, 2, 2), negated(8, 3, 2, 2)
+    values = {name: negated(3) for name in ("weight", "bias")}
+    running = {"running_mean": negated(3), "running_var": 1 - negated(3)}
+    results = []
+    for resolve in (torch.clone, lambda value: value):
+        leaf = resolve(x).detach().requires_grad_()
+        given: dict[str, Any] = {name: resolve(value).detach().requires_grad_() for name, value in values.items()}
+        moved: dict[str, Any] = {name: resolve(value) for name, value in running.items()}
+        y = batch_norm(leaf, training=True, **given, **moved, **options)
+        torch.autograd.backward(y, resolve(dy))
+        results.append([y.detach(), leaf.grad, *(value.grad for value in given.values()), *moved.values()])
+    torch.testing.assert_close(*results)

@@ -165,8 +165,9 @@ def test_one_graph_serves_every_batch_size() -> None:
     assert graphs[0] == graphs[-1]
 
 
-@every_layer
-def test_an_exported_model_trains_and_moves_its_buffers(make: Make) -> None:
+@pytest.mark.parametrize("name", ["plain", "untracked", "not affine"])
+def test_an_exported_model_trains_and_moves_its_buffers(name: str) -> None:
+    make = LAYERS[name]
     model, twin = network(make), network(make)
     dynamic = ({0: torch.export.Dim.DYNAMIC},)
     exported = torch.export.export(model, (BATCHES[0],), dynamic_shapes=dynamic).module()

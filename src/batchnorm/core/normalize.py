@@ -25,6 +25,7 @@ __all__ = [
     "by_feature",
     "fold",
     "fold_gradient",
+    "gather",
     "infer",
     "infer_gradient",
     "train",
@@ -173,6 +174,38 @@ def train(
     affine = algebra.affine(xp, moments, epsilon, correction=corrected, factor=factor, offset=offset)
     y = _normalize(xp, batch.x, moments, centered, affine, batch.weights, masked)
     return Trained(batch.join(y), averaged, moments, corrected, centered)
+
+
+def gather(
+    xp: Namespace, former: Moments | None, x: Array, plan: Geometry, dtype: Any, weights: Array | None = None
+) -> Moments:
+    """The moments of a batch and of what was gathered before, together; of the shape of the feature axes.
+
+    Args:
+        xp: The array namespace.
+        former: What was gathered before, or None.
+        x: The batch; its virtual batches are not seen.
+        plan: Its geometry.
+        dtype: The type to gather in, better a wide one.
+        weights: How much each value counts, or None.
+    """
+    plan = plan.whole
+    found, _ = passes.moments(xp, x, plan.reduced_axes, xp.astype(plan.count(xp.shape(x)), x.dtype), weights)
+    parts = [_as_part(xp, plan, dtype, found)] + ([] if former is None else [_as_part(xp, plan, dtype, former)])
+    together = Moments(*(xp.concat([part[i] for part in parts], axis=0) for i in range(len(found))))
+    merged = algebra.merge(xp, together, 0)
+    return Moments(*(xp.reshape(value, plan.feature_sizes) for value in merged))
+
+
+def _as_part(xp: Namespace, plan: Geometry, dtype: Any, moments: Moments) -> list[Array]:
+    """Moments whose fields are all arrays, with an axis in front that counts parts."""
+    squares = moments.count if moments.square_count is None else moments.square_count
+    mean = xp.reshape(xp.astype(moments.mean, dtype), (1, *plan.feature_sizes))
+    filled = (
+        xp.reshape(xp.astype(value * xp.ones_like(moments.mean), dtype), (1, *plan.feature_sizes))
+        for value in (moments.variance, moments.count, moments.rest, squares)
+    )
+    return [mean, *filled]
 
 
 def infer(

@@ -18,7 +18,7 @@ from . import namespace as xp
 from .cpu import Averages, Static
 from .layout import wide
 
-__all__ = ["flat", "forward", "second_derivatives", "shaped"]
+__all__ = ["composed", "flat", "forward", "second_derivatives", "shaped"]
 
 
 def forward(
@@ -74,7 +74,8 @@ class _Forward(Function):
         y, moments, correction = cpu.forward(x, factor, offset, renorm_mean, renorm_stddev, limits, static, averages)
         out.append(moments)  # and not a second output, of which the graph would have to know
         ctx.static, ctx.folded = static, None if pair is None else (pair, factor, offset)
-        ctx.save_for_backward(x, weight, bias, scale, shift, moments, correction)
+        # Of the bias only that it is there matters, and its shape: it may change before a gradient is asked for.
+        ctx.save_for_backward(x, weight, None if bias is None else bias.data, scale, shift, moments, correction)
         ctx.set_materialize_grads(False)
         return y
 
@@ -91,8 +92,11 @@ class _Forward(Function):
             factor, offset = normalize.fold(xp, weight, bias, pair)
         else:
             pair, factor, offset = ctx.folded
-        differentiate: Any = _Backward.apply if further else cpu.backward
-        dx, dfactor, doffset = differentiate(dy, x, factor, offset, moments, correction, ctx.static)
+        if cpu.is_plain(dy) and not layout.is_batched(dy):
+            differentiate: Any = _Backward.apply if further else cpu.backward
+            dx, dfactor, doffset = differentiate(dy, x, factor, offset, moments, correction, ctx.static)
+        else:  # many gradients at once, or a tensor of another kind
+            dx, dfactor, doffset = composed(ctx.static, dy, x, factor, offset, correction)
         dscale = dshift = None
         if ctx.needs_input_grad[3] or ctx.needs_input_grad[4]:
             shapes = scale.shape, shift.shape
@@ -126,6 +130,20 @@ def shaped(gradient: Tensor | None, value: Tensor | None) -> Tensor | None:
     return gradient if gradient.dtype == value.dtype else gradient.to(value.dtype)
 
 
+def composed(
+    static: Static, dy: Tensor, x: Tensor, factor: Tensor | None, offset: Tensor | None, correction: Tensor | None
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """What `cpu.backward` computes, of PyTorch's own operations, which have derivatives and know batched tensors."""
+    plan = layout.plan(x, static.axes, static.virtual_batch_size)
+    dtype = wide(x)
+    given: Any = {"gamma": factor, "beta": offset}
+    corrected = None if correction is None or not correction.numel() else (correction[0], correction[1])
+    trained = normalize.train(xp, x.to(dtype), plan, static.epsilon, correction=corrected, **given)
+    found = normalize.train_gradient(xp, dy.to(dtype), trained, plan, static.epsilon, **given)
+    dfactor, doffset = (None if value is None else value.reshape(-1) for value in (found.gamma, found.beta))
+    return found.x.to(x.dtype), dfactor, doffset
+
+
 def second_derivatives(
     static: Static,
     upstream: Sequence[Tensor | None],
@@ -135,43 +153,25 @@ def second_derivatives(
     offset: Tensor | None,
     correction: Tensor | None,
 ) -> list[Tensor | None]:
-    """Differentiate the composed layer twice, for dy, x, factor and offset.
+    """Differentiate `composed`, for dy, x, factor and offset.
 
     Moments are the functions of x that they are, so nothing is left for them as inputs.
     """
-    further = torch.is_grad_enabled()
+    inputs = (dy, x, factor, offset)
+    wanted = [None if value is None else by for value, by in zip((x, factor, offset), upstream, strict=True)]
+    if all(by is None for by in wanted):
+        return [None] * len(inputs)
 
-    def placed(value: Tensor | None) -> Tensor | None:
-        """The same with a place of its own in the graph, so that dy's part in x is not counted as x's."""
-        if value is None or not (further and value.requires_grad):
-            return None if value is None else value.detach().requires_grad_()
-        return value.view_as(value)
+    def gradients(*values: Tensor) -> tuple[Tensor, ...]:
+        given = iter(values)
+        dy, x, factor, offset = (None if value is None else next(given) for value in inputs)
+        found = composed(static, dy, x, factor, offset, correction)  # type: ignore[arg-type]  # the first two are there
+        return tuple(
+            value.reshape(by.shape).to(by.dtype)
+            for value, by in zip(found, wanted, strict=True)
+            if value is not None and by is not None
+        )
 
-    with torch.enable_grad():
-        inputs = [placed(value) for value in (dy, x, factor, offset)]
-        dy, x, factor, offset = inputs  # type: ignore[assignment]
-        trained = normalize.train(
-            xp,
-            x.to(wide(x)),
-            layout.plan(x, static.axes, static.virtual_batch_size),
-            static.epsilon,
-            gamma=factor,
-            beta=offset,
-            correction=None if correction is None or not correction.numel() else (correction[0], correction[1]),
-        )
-        sources = [value for value in (x, factor, offset) if value is not None]
-        weights = [by for value, by in zip((x, factor, offset), upstream, strict=True) if value is not None]
-        first = torch.autograd.grad(trained.y.to(x.dtype), sources, dy, create_graph=True)
-        pairs = [
-            (value, by) for value, by in zip(first, weights, strict=True) if by is not None and value.requires_grad
-        ]
-        second = iter(
-            torch.autograd.grad(
-                [value for value, _ in pairs],
-                [value for value in inputs if value is not None],
-                [by.to(value.dtype).reshape(value.shape) for value, by in pairs],
-                create_graph=further,
-                allow_unused=True,
-            )
-        )
+    differentiate: Any = torch.func.vjp(gradients, *(value for value in inputs if value is not None))[1]
+    second = iter(differentiate(tuple(by for by in wanted if by is not None)))
     return [None if value is None else next(second) for value in inputs]

@@ -22,7 +22,20 @@ from batchnorm.core.options import Clipping
 from . import layout
 from .layout import wide
 
-__all__ = ["KERNEL", "Averages", "Static", "backward", "check", "forward", "is_plain", "limits", "serves", "takes"]
+__all__ = [
+    "KERNEL",
+    "Averages",
+    "Static",
+    "are_plain",
+    "backward",
+    "check",
+    "forward",
+    "is_plain",
+    "limits",
+    "move",
+    "serves",
+    "takes",
+]
 
 KERNEL = cpu.KERNEL
 TYPES = {getattr(torch, name) for name in cpu.TYPES}
@@ -75,6 +88,7 @@ def serves(x: Tensor, plan: Geometry, traced: bool) -> bool:
         cpu.library is not None
         and x.is_cpu
         and x.dtype in TYPES
+        and x.layout is torch.strided
         and (len(plan.features) == 1 or plan.collapses(x.shape))
         and (traced or is_plain(x))
     )
@@ -109,8 +123,13 @@ def check(x: Tensor, view: View, **values: Tensor | None) -> None:
 
 
 def is_plain(x: Tensor) -> bool:
-    """Tell whether a tensor is of no subclass, which could be anything."""
-    return type(x) is Tensor or type(x) is torch.nn.Parameter
+    """Tell whether memory holds what a tensor says: of no subclass, which may be anything, no view of negatives."""
+    return (type(x) is Tensor or type(x) is torch.nn.Parameter) and not x.is_neg()
+
+
+def are_plain(values: Sequence[Tensor | None]) -> bool:
+    """Tell whether all that are there are plain."""
+    return all(value is None or is_plain(value) for value in values)
 
 
 def forward(
@@ -152,6 +171,19 @@ def forward(
         factor=_at("factor", factor), offset=_at("offset", offset), **optional,
     )  # fmt: skip
     return y, moments, correction
+
+
+def move(x: Tensor, moments: Tensor, renorm: tuple[Tensor, ...] | None, static: Static, averages: Averages) -> None:
+    """Move the averages as `forward` does with them, but after it: where it was not certain yet that it succeeds."""
+    kernel = layout.kernel(x, static.axes, static.virtual_batch_size, static.epsilon)[2]
+    running, momentum, bessel, renorm_momentum = averages
+    names = ("running_mean", "running_variance", "renorm_mean", "renorm_stddev")
+    given = dict(zip(names, (*running, *(renorm or ())), strict=False))
+    kernel.move_averages(
+        mean=moments[0].numpy(), variance=moments[1].numpy(),
+        **{name: value.detach().numpy() for name, value in given.items() if value is not None},
+        momentum=momentum, bessel=bessel, renorm_momentum=renorm_momentum,
+    )  # fmt: skip
 
 
 def backward(

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from batchnorm.core import algebra, geometry, passes
 from batchnorm.core import normalize as core
@@ -21,13 +21,15 @@ from . import autograd, cpu, layout, operators
 from . import namespace as xp
 from .cpu import KERNEL, Averages, Static
 
-__all__ = ["TORCH", "Limits", "Pair", "batch_norm", "is_small", "is_traced", "normalize"]
+__all__ = ["TORCH", "Limits", "Pair", "batch_norm", "check_moved", "is_small", "is_traced", "normalize"]
 
 Pair = tuple[Tensor, Tensor]
 Limits = Mapping[str, float | Tensor] | None
 
 TORCH = "torch"
 """The name of PyTorch's own operator, where a layer says which kernel served."""
+STATISTICS = ("running_mean", "running_var", "renorm_mean", "renorm_stddev")
+SHORT = (torch.float16, torch.bfloat16)
 SMALL = 1 << 17
 """Values up to which PyTorch's own operator takes less time than handing tensors to the CPU kernels; with features
 last, where its operator is better, four times as many."""
@@ -109,6 +111,7 @@ def batch_norm(
     options = Options(
         axis=axis,
         decay=1 - momentum,
+        epsilon=eps,
         center=bias is not None,
         scale=weight is not None,
         renorm=renorm_mean is not None,
@@ -123,7 +126,7 @@ def batch_norm(
         renorm = Renorm(renorm_mean, renorm_stddev, options.renorm_clipping)
     y, _ = normalize(
         input,
-        geometry.counted_axes(axis if isinstance(axis, int) else tuple(axis), input.shape),
+        geometry.counted_axes(options.axis if isinstance(options.axis, int) else tuple(options.axis), input.shape),
         options,
         running=(running_mean, running_var),
         weight=weight,
@@ -137,14 +140,24 @@ def batch_norm(
     return y
 
 
+def is_eager() -> bool:
+    """Tell whether a call computes now, once, on what it is given, and its derivatives are those of `backward`."""
+    return not (is_traced() or layout.is_transformed())
+
+
 def is_traced() -> bool:
     """Tell whether what is called now goes into a graph, or to a mode that looks at every operator."""
-    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0 or is_recorded()
 
 
-def is_transformed() -> bool:
-    """Tell whether forward-mode derivatives or `torch.func` are at work."""
-    return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
+def is_recorded() -> bool:
+    """Tell whether `torch.jit.trace` is at work, which the older exporter to ONNX uses too."""
+    return not torch.compiler.is_compiling() and torch._C._is_tracing()
+
+
+def is_exported() -> bool:
+    """Tell whether what is called now goes into a program that is to run without this package, in one mode."""
+    return torch.compiler.is_exporting() or is_recorded()
 
 
 def normalize(
@@ -160,29 +173,48 @@ def normalize(
     eps: float,
     renorm: Renorm | None,
     renorm_momentum: float,
+    moves: bool = True,
 ) -> tuple[Tensor, str]:
     """Normalize, move what is to be moved, and name the kernel that served. Nothing moves if anything is wrong.
 
-    Of `options` only what PyTorch's own layer does not have is read; the rest is given, as it is at this moment.
+    Of `options` only what PyTorch's own layer does not have is read; the rest is given, as it is at this moment. Where
+    `moves` is false, no average moves in training; renorm corrects by its own as they stand.
     """
+    traced, transformed = is_traced(), layout.is_transformed()
+    if not transformed:
+        x = layout.canonical(x)
     if not training:
         return _evaluate(x, axes, options, running, weight, bias, eps)
     size = options.virtual_batch_size
     plain = axes == (1,) and renorm is None and size is None and options.adjustment is None
-    others = (*running, weight, bias, *(() if renorm is None else renorm[:2]))
-    taken = cpu.takes(x, tuple([x.shape[axis] for axis in axes]), others)
+    if is_exported():
+        if not plain or options.fused is False or torch.is_tensor(momentum):
+            raise NotImplementedError(
+                "A training step with an option or with momentum=None cannot be exported or recorded: whoever moves "
+                "the program to evaluation would not find it there, and it would go on training. Call model.eval() "
+                "first, or batchnorm.torch.revert(model)."
+            )
+        return torch.nn.functional.batch_norm(x, *running, weight, bias, True, momentum, eps), TORCH
+    moved = running if renorm is None else (*running, renorm.mean, renorm.stddev)
+    taken = not traced and cpu.takes(x, tuple([x.shape[axis] for axis in axes]), (*moved, weight, bias))
     if not taken:
-        wrong = _misfit(x, axes, others)
-        if plain and (wrong or not _is_torch_s_mix(x, others)):  # PyTorch says what is wrong
-            return torch.nn.functional.batch_norm(x, *running, weight, bias, True, 0.0, eps), TORCH
+        values = dict(zip((*STATISTICS[: len(moved)], "weight", "bias"), (*moved, weight, bias), strict=True))
+        wrong = _misfit(x, axes, values)
+        if plain and (wrong or not _is_torch_s_mix(x, values)):  # PyTorch says what is wrong
+            return torch.nn.functional.batch_norm(x, *running, weight, bias, True, float(momentum), eps), TORCH
         if wrong:
-            raise ValueError(wrong)
+            raise wrong
     plan, count = _checked(x, axes, size, eps)
     adjustment, by_feature = (None, True) if options.adjustment is None else _adjust(options, x, plan)
-    traced, transformed = is_traced(), is_transformed()
-    kernel = _select(x, plan, options.fused, momentum, plain, by_feature and count > 0, traced, transformed)
+    if plain and not taken and not traced:  # PyTorch's operator would move a copy of such a view
+        plain = not any(value is not None and value.is_neg() for value in moved)
+    able = by_feature and count > 0 and (taken or traced or cpu.are_plain((*moved, weight, bias, *(adjustment or ()))))
+    kernel = _select(x, plan, options.fused, momentum, plain, able, traced, transformed)
     if kernel == TORCH:
+        running = running if moves else (None, None)
         return torch.nn.functional.batch_norm(x, *running, weight, bias, True, float(momentum), eps), kernel
+    if moves and not traced and not (taken and kernel == KERNEL):
+        check_moved(dict(zip(STATISTICS, moved, strict=False)))
     form = layout.memory_format(x)
     if kernel == KERNEL and len(axes) == 1:
         x = layout.in_format(x, form)
@@ -195,12 +227,17 @@ def normalize(
             factor, offset = core.fold(xp, weight, bias, autograd.flat(x, plan, adjustment))
             y, group_moments = operators.forward(x, factor, offset, renorm, static)
         else:
-            if taken and not torch.is_tensor(momentum):
+            if moves and taken and not torch.is_tensor(momentum):
                 averages = Averages(running, momentum, algebra.bessel(count), renorm_momentum)
+            later = averages is not None and _may_yet_raise(x)
             old, limits = (None, None) if renorm is None else (renorm[:2], cpu.limits(renorm.clipping))
-            y, group_moments = autograd.forward(x, weight, bias, adjustment, old, limits, static, plan, averages)
+            y, group_moments = autograd.forward(
+                x, weight, bias, adjustment, old, limits, static, plan, None if later else averages
+            )
+            if averages is not None and later:
+                cpu.move(x, group_moments, old, static, averages)
         y = layout.in_format(y, form)
-        if averages is not None:
+        if averages is not None or not moves:
             return y, kernel
         moments = Moments(group_moments[0], group_moments[1], count)
         if renorm is None:
@@ -219,7 +256,8 @@ def normalize(
             unbiased=renorm is None,
         )
         y, averaged = trained.y.to(x.dtype).contiguous(memory_format=form), trained.averaged
-    _move(averaged, plan, running, momentum, eps, renorm, renorm_momentum)
+    if moves:
+        _move(averaged, plan, running, momentum, eps, renorm, renorm_momentum)
     return y, kernel
 
 
@@ -229,7 +267,7 @@ def _select(
     fused: bool | None,
     momentum: float | Tensor,
     plain: bool,
-    by_feature: bool,
+    able: bool,
     traced: bool,
     transformed: bool,
 ) -> str:
@@ -237,11 +275,10 @@ def _select(
     if transformed:  # of which PyTorch's operator has wrong second derivatives, and the kernels know nothing
         return passes.COMPOSED
     serves = {
-        KERNEL: by_feature and cpu.serves(x, plan, traced),
+        KERNEL: able and cpu.serves(x, plan, traced),
         TORCH: plain and not (torch.is_tensor(momentum) and torch.compiler.is_compiling()),
     }
-    # Exported programs are to hold nothing of this package.
-    if torch.compiler.is_exporting() if traced else is_small(x):
+    if not traced and is_small(x):
         serves = {TORCH: serves.pop(TORCH), **serves}
     return passes.select(fused, serves)
 
@@ -282,19 +319,18 @@ def _evaluate(
     eps: float,
 ) -> tuple[Tensor, str]:
     kernel = passes.select(options.fused, {TORCH: axes == (1,)})
-    if kernel != TORCH:
-        _check_type(x)
-        if eps < 0:
-            raise ValueError(f"batch_norm eps must be non-negative, but got {eps}")
+    if kernel != TORCH and eps < 0:
+        raise ValueError(f"batch_norm eps must be non-negative, but got {eps}")
     mean, variance = running
     if kernel == TORCH or mean is None or variance is None:
         return torch.nn.functional.batch_norm(x, mean, variance, weight, bias, False, 0.0, eps), TORCH
-    if wrong := _misfit(x, axes, (*running, weight, bias)):
-        raise ValueError(wrong)
-    form = layout.memory_format(x)
-    if not is_traced() and not is_transformed():
+    with layout.known_sizes() if is_recorded() else contextlib.nullcontext():
+        if wrong := _misfit(x, axes, {"running_mean": mean, "running_var": variance, "weight": weight, "bias": bias}):
+            raise wrong
+        form = layout.memory_format(x)
+        plan = layout.plan(x, axes, None)
+    if not is_traced() and not layout.is_transformed():
         x = layout.with_gradients_in_format(x, form)
-    plan = layout.plan(x, axes, None)
     y: Tensor = core.infer(xp, x.to(layout.wide(x)), plan, eps, mean, variance, gamma=weight, beta=bias)
     return y.to(x.dtype).contiguous(memory_format=form), kernel
 
@@ -302,22 +338,16 @@ def _evaluate(
 # ---- Checks, in PyTorch's words.
 
 
-def _check_type(x: Tensor) -> None:
-    if not x.is_floating_point():
-        raise TypeError(f"input must be of a floating-point type; received {x.dtype}.")
-
-
-def _is_torch_s_mix(x: Tensor, others: tuple[Tensor | None, ...]) -> bool:
+def _is_torch_s_mix(x: Tensor, values: dict[str, Tensor | None]) -> bool:
     """Tell whether PyTorch's operator takes these types: all the same, or a short input and the rest float32."""
     if not x.is_floating_point():
         return False
-    types = {value.dtype for value in others if value is not None}
-    return not types or types == {x.dtype} or (types == {torch.float32} and x.dtype in (torch.float16, torch.bfloat16))
+    types = {value.dtype for value in values.values() if value is not None}
+    return not types or types == {x.dtype} or (types == {torch.float32} and x.dtype in SHORT)
 
 
 def _checked(x: Tensor, axes: tuple[int, ...], virtual_batch_size: int | None, eps: float) -> tuple[Geometry, int]:
     """Work out the geometry of a training step, and count the values of each feature in a (virtual) batch."""
-    _check_type(x)
     plan, count = layout.training_plan(x, axes, virtual_batch_size)
     if count == 1:
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.size()}")
@@ -326,22 +356,45 @@ def _checked(x: Tensor, axes: tuple[int, ...], virtual_batch_size: int | None, e
     return plan, count
 
 
-def _misfit(x: Tensor, axes: tuple[int, ...], values: tuple[Tensor | None, ...]) -> str | None:
-    """Say which statistic or parameter does not fit: it is elsewhere, or not of the shape of the feature axes."""
+def _misfit(x: Tensor, axes: tuple[int, ...], values: dict[str, Tensor | None]) -> Exception | None:
+    """Say what does not fit: the input's type, or the place, the type or the shape of a statistic or a parameter."""
+    if not x.is_floating_point():
+        return TypeError(f"input must be of a floating-point type; received {x.dtype}.")
     shape, device = x.shape, x.device
     expected = torch.Size([shape[axis] for axis in axes])
-    names = ("running_mean", "running_var", "weight", "bias", "renorm_mean", "renorm_stddev")
-    for name, value in zip(names, values, strict=False):
+    for name, value in values.items():
         if value is None:
             continue
         if value.device != device:
-            return f"{name} must be on the input's device, {device}; received one on {value.device}."
+            return ValueError(f"{name} must be on the input's device, {device}; received one on {value.device}.")
         if value.shape != expected:
-            return (
+            return ValueError(
                 f"{name} must have shape {tuple(expected)} for an input of shape {tuple(shape)} with feature axes "
                 f"{axes}; received shape {tuple(value.shape)}."
             )
+        if value.dtype != x.dtype and not (value.dtype == torch.float32 and x.dtype in SHORT):
+            allowed = f"{x.dtype} or {torch.float32}" if x.dtype in SHORT else f"{x.dtype}"
+            return TypeError(f"{name} must be of {allowed} for an input of {x.dtype}; received {value.dtype}.")
     return None
+
+
+def check_moved(moved: dict[str, Tensor | None]) -> None:
+    """Raise if one of these cannot be changed in its place, before another is."""
+    for name, value in moved.items():
+        if value is None:
+            continue
+        if any(size > 1 and stride == 0 for size, stride in zip(value.shape, value.stride(), strict=True)):
+            raise ValueError(
+                f"{name} must have memory for each of its values, as it is moved; received an expanded tensor of shape "
+                f"{tuple(value.shape)} and strides {value.stride()}."
+            )
+        if value.is_inference() and not torch.is_inference_mode_enabled():
+            raise RuntimeError(f"{name} must not be moved outside of inference mode; it was made within.")
+
+
+def _may_yet_raise(x: Tensor) -> bool:
+    """Tell whether a call can fail after the kernels: when an inference tensor is to be saved, or in a user's hook."""
+    return x.is_inference() or torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
 
 
 def _adjust(options: Options, x: Tensor, plan: Geometry) -> tuple[Pair, bool]:

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from batchnorm import cpu
 from batchnorm.core import geometry
 from batchnorm.core.geometry import Geometry, View
 
 __all__ = [
+    "canonical",
     "in_format",
+    "is_batched",
     "is_kept",
+    "is_transformed",
     "kernel",
+    "known_sizes",
     "memory_format",
     "plan",
     "training_plan",
@@ -51,6 +58,28 @@ def _is_known(x: Tensor) -> bool:
     return not torch.compiler.is_compiling() and all(type(size) is int for size in x.shape)
 
 
+@contextlib.contextmanager
+def known_sizes() -> Iterator[None]:
+    """Let sizes be ints within `torch.jit.trace`, which otherwise makes tensors of them and records what is asked."""
+    tracing: Any = torch._C
+    state = tracing._get_tracing_state()
+    tracing._set_tracing_state(None)
+    try:
+        yield
+    finally:
+        tracing._set_tracing_state(state)
+
+
+def is_transformed() -> bool:
+    """Tell whether forward-mode derivatives or `torch.func` are at work."""
+    return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
+
+
+def is_batched(gradient: Tensor) -> bool:
+    """Tell whether it stands for many gradients, as with ``is_grads_batched=True``."""
+    return torch._C._functorch.is_legacy_batchedtensor(gradient)
+
+
 def wide(x: Tensor) -> torch.dtype:
     """Name the type of statistics: float32 or wider."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
@@ -73,6 +102,25 @@ def memory_format(x: Tensor) -> torch.memory_format:
     return torch.channels_last if x.dim() == 4 else torch.channels_last_3d
 
 
+def canonical(x: Tensor) -> Tensor:
+    """The same values where they lie, with the strides of channels last on axes of size 1, too.
+
+    PyTorch's operator asks for the format in two ways, of which one looks at such axes, and the other does not. Where
+    they differ, its gradients are wrong (pytorch/pytorch#63224).
+    """
+    if x.dim() not in (4, 5) or x.is_contiguous():
+        return x
+    if not x.is_contiguous(memory_format=torch.channels_last if x.dim() == 4 else torch.channels_last_3d):
+        return x
+    values = x.movedim(1, -1)
+    strides = [1]
+    for size in reversed(values.shape[1:]):
+        strides.insert(0, strides[0] * size)
+    if values.stride() == tuple(strides):
+        return x
+    return values.flatten().reshape(values.shape).movedim(-1, 1)
+
+
 def in_format(x: Tensor, layout: torch.memory_format) -> Tensor:
     """Lay a tensor out in a format, if it is not."""
     return x if x.is_contiguous(memory_format=layout) else x.contiguous(memory_format=layout)
@@ -92,7 +140,9 @@ class _GradientsInFormat(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return gradient.contiguous(memory_format=ctx.layout), None
+        if not (is_batched(gradient) or is_transformed()):  # many at once have no format
+            gradient = gradient.contiguous(memory_format=ctx.layout)
+        return gradient, None
 
 
 # ---- What the kernels see.

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx, nn
+from torch._jit_internal import is_scripting
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from batchnorm.core import algebra, geometry
 from batchnorm.core.normalize import Renorm
 from batchnorm.core.options import Clipping, Options, received, small_number, weight
 
-from . import functional
+from . import functional, layout
 from . import namespace as xp
 from .functional import Limits, Pair
 
@@ -33,6 +34,8 @@ OPTIONS = {
 }
 """The options that PyTorch's own layers do not have, with their defaults."""
 RENORM = ("renorm_mean", "renorm_stddev")
+STATE = (*OPTIONS, "_given", "_asked", "_plain", "_simple", "kernel")
+"""What a layer keeps beside what PyTorch's own does."""
 
 
 class Layer(_BatchNorm):
@@ -44,11 +47,15 @@ class Layer(_BatchNorm):
         renorm_stddev: renorm's average of sqrt(v + eps), or None without renorm.
     """
 
-    axis: int | tuple[int, ...] = 1
-    renorm_mean: Tensor | None
-    renorm_stddev: Tensor | None
-    renorm_momentum: float
-    kernel: str | None
+    __jit_unused_properties__ = ("options",)
+    if TYPE_CHECKING:  # the compiler of scripts would read these
+        axis: int | tuple[int, ...] = 1
+        renorm_mean: Tensor | None
+        renorm_stddev: Tensor | None
+        renorm_momentum: float
+        kernel: str | None
+    else:
+        axis = 1
 
     def __init__(
         self,
@@ -109,7 +116,8 @@ class Layer(_BatchNorm):
         )
 
     def _own(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in ("axis", "eps", "momentum", "track_running_stats")}
+        tracked = self.running_mean is not None  # also while `hold` says that they do not move
+        return {"axis": self.axis, "eps": self.eps, "momentum": self.momentum, "track_running_stats": tracked}
 
     def configure(self, given: dict[str, Any]) -> None:
         """Take over options; renorm's averages are made, or go."""
@@ -146,21 +154,38 @@ class Layer(_BatchNorm):
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalize a batch; in training by itself, moving the statistics."""
+        if is_scripting():  # which compiles this branch alone, and comes here in evaluation
+            return nn.functional.batch_norm(
+                input, self.running_mean, self.running_var, self.weight, self.bias, self.training, 0.0, self.eps
+            )
+        else:  # noqa: RET505  # the compiler of scripts takes a branch as it stands
+            return self._forward(input)
+
+    def _forward(self, input: Tensor) -> Tensor:
+        if type(input) is not Tensor and isinstance(input, fx.Proxy):
+            return self._record(input)
         self._check_input_dim(input)  # type: ignore[no-untyped-call]
-        if self._simple and self.training and functional.is_small(input) and not functional.is_traced():
+        if self._simple and self.training and functional.is_eager() and functional.is_small(input):
             return self._forward_small(input)
         tracked = self.track_running_stats or not self.training
         running = (self.running_mean, self.running_var) if tracked else (None, None)
         batches = self.num_batches_tracked if self.training and self.track_running_stats else None
+        if batches is not None and not torch.compiler.is_compiling() and batches.is_inference():
+            functional.check_moved({"num_batches_tracked": batches})
         momentum: float | Tensor = 0.0 if self.momentum is None else self.momentum
         if self.momentum is None and batches is not None:  # the plain average of all batches
             momentum = 1.0 / (batches + 1) if torch.compiler.is_compiling() else 1.0 / (float(batches) + 1)
         renorm = None
-        if self.training and self.renorm_mean is not None and self.renorm_stddev is not None and running[0] is not None:
+        if (
+            self.training
+            and self.renorm_mean is not None
+            and self.renorm_stddev is not None
+            and self.running_mean is not None
+        ):
             renorm = Renorm(self.renorm_mean, self.renorm_stddev, self._clipping())
         y, kernel = functional.normalize(
             input,
-            self._axes(input),
+            self.axes(input),
             self._asked if self.training else self._plain,
             running=running,
             weight=self.weight,
@@ -170,6 +195,7 @@ class Layer(_BatchNorm):
             eps=self.eps,
             renorm=renorm,
             renorm_momentum=self.renorm_momentum,
+            moves=self.track_running_stats,
         )
         if batches is not None:
             batches.add_(1)
@@ -182,18 +208,43 @@ class Layer(_BatchNorm):
         running_mean = running_var = batches = None
         if self.track_running_stats:
             running_mean, running_var, batches = self.running_mean, self.running_var, self.num_batches_tracked
+            if batches is not None and batches.is_inference():
+                functional.check_moved({"num_batches_tracked": batches})
         momentum = self.momentum
         if momentum is None:
             momentum = 0.0 if batches is None else 1.0 / (float(batches) + 1)
-        y = torch.nn.functional.batch_norm(
-            input, running_mean, running_var, self.weight, self.bias, True, momentum, self.eps
+        y = nn.functional.batch_norm(
+            layout.canonical(input), running_mean, running_var, self.weight, self.bias, True, momentum, self.eps
         )
         if batches is not None:
             batches.add_(1)
         self.__dict__["kernel"] = functional.TORCH
         return y
 
-    def _axes(self, input: Tensor) -> tuple[int, ...]:
+    def __prepare_scriptable__(self) -> Layer:
+        """Say what `torch.jit.script` cannot do, before it tries."""
+        if self.training or self.axis != 1:
+            raise NotImplementedError(
+                f"torch.jit.script compiles these layers in evaluation and with axis=1; received a layer with "
+                f"training={self.training} and axis={self.axis}. Call model.eval() first, or use torch.jit.trace."
+            )
+        return self
+
+    def _record(self, input: fx.Proxy) -> Any:
+        """Put a call of this module into a graph of `torch.fx`, as it does with PyTorch's own layers."""
+        try:
+            name = input.tracer.path_of_module(self)  # type: ignore[attr-defined]
+        except NameError:
+            name = ""
+        if not name:
+            raise TypeError(
+                f"{type(self).__name__} cannot be traced by itself, as it stays one call in a graph; trace a module "
+                f"that holds it, such as torch.nn.Sequential."
+            )
+        return input.tracer.create_proxy("call_module", name, (input,), {})
+
+    def axes(self, input: Tensor) -> tuple[int, ...]:
+        """Count the feature axes of an input from the start."""
         return (1,)
 
     def _clipping(self) -> Clipping:
@@ -244,7 +295,7 @@ def checked(
     return options
 
 
-class BatchNorm1d(Layer):
+class BatchNorm1d(Layer, nn.BatchNorm1d):
     """`torch.nn.BatchNorm1d` with batch renormalization, virtual batches and adjustment; shapes (N, C) or (N, C, L).
 
     See `BatchNorm` for the mathematics and the arguments.
@@ -257,12 +308,8 @@ class BatchNorm1d(Layer):
             [ 1.0000,  1.0000]], grad_fn=<_ForwardBackward>)
     """
 
-    def _check_input_dim(self, input: Tensor) -> None:
-        if input.dim() != 2 and input.dim() != 3:
-            raise ValueError(f"expected 2D or 3D input (got {input.dim()}D input)")
 
-
-class BatchNorm2d(Layer):
+class BatchNorm2d(Layer, nn.BatchNorm2d):
     """`torch.nn.BatchNorm2d` with batch renormalization, virtual batches and adjustment; shape (N, C, H, W).
 
     See `BatchNorm` for the mathematics and the arguments.
@@ -272,12 +319,8 @@ class BatchNorm2d(Layer):
     torch.Size([4, 3, 8, 8])
     """
 
-    def _check_input_dim(self, input: Tensor) -> None:
-        if input.dim() != 4:
-            raise ValueError(f"expected 4D input (got {input.dim()}D input)")
 
-
-class BatchNorm3d(Layer):
+class BatchNorm3d(Layer, nn.BatchNorm3d):
     """`torch.nn.BatchNorm3d` with batch renormalization, virtual batches and adjustment; shape (N, C, D, H, W).
 
     See `BatchNorm` for the mathematics and the arguments.
@@ -286,10 +329,6 @@ class BatchNorm3d(Layer):
     >>> layer(torch.rand(2, 3, 4, 4, 4)).shape
     torch.Size([2, 3, 4, 4, 4])
     """
-
-    def _check_input_dim(self, input: Tensor) -> None:
-        if input.dim() != 5:
-            raise ValueError(f"expected 5D input (got {input.dim()}D input)")
 
 
 class BatchNorm(Layer):
@@ -341,11 +380,12 @@ class BatchNorm(Layer):
             raise ValueError(f"num_features must have one size for each axis of {axis}; {received(num_features)}.")
         super().__init__(num_features, *arguments, **options)
 
-    def _axes(self, input: Tensor) -> tuple[int, ...]:
+    def axes(self, input: Tensor) -> tuple[int, ...]:
+        """Count the feature axes of an input from the start."""
         return geometry.counted_axes(self.axis, input.shape)
 
     def _check_input_dim(self, input: Tensor) -> None:
-        self._axes(input)
+        self.axes(input)
 
     def extra_repr(self) -> str:
         """Describe the layer."""

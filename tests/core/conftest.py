@@ -48,7 +48,7 @@ def _array_api_strict() -> Arrays:
         dtype = x1.dtype if isinstance(x1, kind) else x2.dtype
         return strict.where(condition, *(strict.asarray(value, dtype=dtype) for value in (x1, x2)))
 
-    names = ("broadcast_to", "concat", "maximum", "minimum", "ones_like", "reshape", "sqrt", "sum")
+    names = ("broadcast_to", "concat", "isfinite", "maximum", "minimum", "ones_like", "reshape", "sqrt", "sum")
     verbs = {name: getattr(strict, name) for name in names}
     verbs |= {"astype": astype, "where": where, "shape": lambda x, /: x.shape, "stop_gradient": lambda x, /: x}
     return Arrays("array_api_strict", types.SimpleNamespace(**verbs), strict.asarray)

@@ -24,12 +24,14 @@ __all__ = [
     "correction",
     "decrements",
     "divisor",
+    "finite",
     "fold",
     "gradient_map",
     "inference_variance",
     "merge",
     "moving",
     "parameter_gradients",
+    "reshaped",
     "stddev",
     "step",
     "unbiased_variance",
@@ -50,6 +52,7 @@ class Namespace(Protocol):
     def broadcast_to(self, x: Array, shape: Any, /) -> Array: ...
     def concat(self, arrays: Any, /, *, axis: int) -> Array: ...
     def ones_like(self, x: Array, /) -> Array: ...
+    def isfinite(self, x: Array, /) -> Array: ...
 
     def astype(self, x: Array, dtype: Any, /) -> Array:
         """Convert an array or a scalar; a Python number stays one."""
@@ -137,6 +140,14 @@ def unbiased_variance(xp: Namespace, moments: Moments) -> Array:
         return moments.variance * bessel(n)
     several = n > 1
     return moments.variance * xp.where(several, n / xp.where(several, n - 1, 1), 1)
+
+
+def reshaped(xp: Namespace, moments: Moments, shape: Any) -> Moments:
+    """Mean, variance and count of moments in another shape of as many values; a count of all stays a number."""
+    count = moments.count
+    if not is_number(count) and len(count.shape):  # one for several features is repeated
+        count = xp.reshape(count * xp.ones_like(moments.mean), shape)
+    return Moments(xp.reshape(moments.mean, shape), xp.reshape(moments.variance, shape), count)
 
 
 def average_groups(xp: Namespace, moments: Moments, axis: int | None) -> Moments:
@@ -298,6 +309,11 @@ def moving(moments: Moments, moves: Any = None) -> Any:
     if is_number(count):
         return moves if count else False
     return count > 0 if moves is None else (count > 0) & moves
+
+
+def finite(xp: Namespace, moments: Moments) -> Array:
+    """Which features have finite moments, in all of their groups if these are averaged."""
+    return xp.isfinite(moments.mean) & xp.isfinite(moments.variance)
 
 
 def _decrements(

@@ -131,6 +131,28 @@ class Geometry:
             by_feature = by_feature and all(size == 1 or axis in self.axes for axis, size in enumerate(given, lead))
         return by_feature
 
+    def mask_shape(self, given: Sequence[int | None], shape: Sequence[int | None]) -> tuple[Any, ...]:
+        """Say how a mask of a shape broadcasts against inputs of a shape (None is unknown): with 1 on feature axes.
+
+        Raises:
+            ValueError: Unless it has one value for each position: the inputs' shape without the feature axes, or with
+                size 1 on them.
+
+        >>> plan((8, 3, 50), 1, None).mask_shape((8, 50), (8, 3, 50))
+        (8, 1, 50)
+        """
+        kept = tuple(1 if axis in self.axes else size for axis, size in enumerate(shape))
+        positions = tuple(size for axis, size in enumerate(shape) if axis not in self.axes)
+        for allowed in (kept, positions):
+            if len(given) == len(allowed) and all(
+                size == wanted or size is None or wanted is None for size, wanted in zip(given, allowed, strict=True)
+            ):
+                return kept
+        raise ValueError(
+            f"mask must have shape {positions} or {kept} for inputs of shape {tuple(shape)}, one value for each "
+            f"position; received shape {tuple(given)}."
+        )
+
     def split(self, shape: Sequence[Any]) -> tuple[Any, ...]:
         """Turn the shape of an input into that of its view; a size that is not known yet is taken to divide."""
         if self.virtual_batch_size is None:
@@ -146,7 +168,8 @@ class Geometry:
         if self.virtual_batch_size is None or not isinstance(shape[0], int):
             return 0
         rows, groups, *_ = self.split(shape)
-        return int(rows * groups - shape[0])
+        padding: int = rows * groups - shape[0]
+        return padding
 
     def runs(self, shape: Sequence[int | None]) -> list[tuple[int, int]]:
         """Find what lies together: the first and last feature axis of each run, with only axes of size 1 between.
@@ -189,6 +212,12 @@ class Geometry:
         if self.virtual_batch_size is None:
             return View(before, 1, 1, features, after)
         return View(before, self.split(shape)[1], math.prod(shape[1:first]), features, after)
+
+    def least(self, shape: Sequence[Any]) -> Any:
+        """Count the values of each feature in the smallest virtual batch of inputs of a shape, or in the batch."""
+        rows, *rest = self.split(shape)
+        padded = self.padding(shape) > 0  # the last row is not of every group
+        return self.count((rows - 1 if padded else rows, *rest))
 
     def count(self, shape: Sequence[Any]) -> Any:
         """Count the values of each feature in a view of this shape, or in a whole batch."""

@@ -22,6 +22,7 @@ __all__ = [
     "Renorm",
     "Trained",
     "adjustment_gradient",
+    "average",
     "by_feature",
     "fold",
     "fold_gradient",
@@ -159,11 +160,10 @@ def train(
     if merge is not None:
         moments = merge(moments)
         centered = _live(xp, batch.x - moments.mean - moments.rest, batch.weights)
-    stored = moments._replace(variance=algebra.unbiased_variance(xp, moments)) if unbiased else moments
-    averaged = algebra.average_groups(xp, stored, plan.group_axis)
+    averaged = average(xp, moments, plan.group_axis, unbiased)
     corrected = None
     if renorm is not None:
-        biased = algebra.average_groups(xp, moments, plan.group_axis) if unbiased else averaged
+        biased = average(xp, moments, plan.group_axis) if unbiased else averaged
         mean, stddev = batch.parameter(renorm.mean), batch.parameter(renorm.stddev)
         corrected = algebra.correction(xp, biased, mean, stddev, epsilon, renorm.clipping)
     elif correction is not None:
@@ -174,6 +174,13 @@ def train(
     affine = algebra.affine(xp, moments, epsilon, correction=corrected, factor=factor, offset=offset)
     y = _normalize(xp, batch.x, moments, centered, affine, batch.weights, masked)
     return Trained(batch.join(y), averaged, moments, corrected, centered)
+
+
+def average(xp: Namespace, moments: Moments, axis: int | None, unbiased: bool = False) -> Moments:
+    """What averages move to: over virtual batches the means by count, of variances that are unbiased first or not."""
+    if unbiased:
+        moments = moments._replace(variance=algebra.unbiased_variance(xp, moments))
+    return algebra.average_groups(xp, moments, axis)
 
 
 def gather(

@@ -155,6 +155,8 @@ class Options:
         virtual_batch_size: Samples in each virtual batch, or None for the whole batch.
         adjustment: Function of the input's shape to a pair (scale, bias), applied in training before gamma and beta.
         cumulative: Whether the moving averages are plain averages of all batches, in the place of `decay`.
+        skip_nonfinite: Whether features whose moments are not finite keep their averages in that step. Not with
+            `cumulative`, as one number of batches cannot serve features that skip apart.
 
     Raises:
         TypeError: For an argument of the wrong type.
@@ -179,6 +181,7 @@ class Options:
     virtual_batch_size: int | None = None
     adjustment: Callable[[Any], tuple[Any, Any]] | None = None
     cumulative: bool = False
+    skip_nonfinite: bool = False
 
     @property
     def rate(self) -> Any:
@@ -198,11 +201,13 @@ class Options:
         put("decay", weight("momentum", self.decay))
         put("epsilon", small_number("epsilon", self.epsilon))
         put("renorm_decay", weight("renorm_momentum", self.renorm_decay))
-        for name in ("center", "scale", "renorm", "cumulative"):
+        for name in ("center", "scale", "renorm", "cumulative", "skip_nonfinite"):
             put(name, flag(name, getattr(self, name)))
         if self.fused is not None:
             put("fused", flag("fused", self.fused))
         put("renorm_clipping", Clipping.of(self.renorm_clipping))
+        if self.skip_nonfinite and self.cumulative:
+            raise ValueError("skip_nonfinite and momentum=None cannot be used together; received both.")
         if self.virtual_batch_size is not None:
             size = _integer("virtual_batch_size", self.virtual_batch_size, "None or an int that is at least 1")
             if size < 1:

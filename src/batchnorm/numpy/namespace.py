@@ -8,6 +8,7 @@ __all__ = [
     "astype",
     "broadcast_to",
     "concat",
+    "isfinite",
     "maximum",
     "minimum",
     "ones_like",
@@ -20,6 +21,7 @@ __all__ = [
 ]
 
 concat = np.concatenate
+isfinite = np.isfinite
 maximum = np.maximum
 minimum = np.minimum
 ones_like = np.ones_like

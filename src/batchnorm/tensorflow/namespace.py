@@ -9,6 +9,7 @@ __all__ = [
     "astype",
     "broadcast_to",
     "concat",
+    "isfinite",
     "maximum",
     "minimum",
     "ones_like",
@@ -23,6 +24,7 @@ __all__ = [
 
 broadcast_to = tf.broadcast_to
 concat = tf.concat
+isfinite = tf.math.is_finite
 maximum = tf.maximum
 minimum = tf.minimum
 ones_like = tf.ones_like

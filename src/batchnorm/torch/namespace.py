@@ -9,6 +9,7 @@ __all__ = [
     "astype",
     "broadcast_to",
     "concat",
+    "isfinite",
     "maximum",
     "minimum",
     "ones_like",
@@ -21,6 +22,7 @@ __all__ = [
 ]
 
 broadcast_to = torch.broadcast_to
+isfinite = torch.isfinite
 ones_like = torch.ones_like
 reshape = torch.reshape
 sqrt = torch.sqrt

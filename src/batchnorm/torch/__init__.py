@@ -2,7 +2,7 @@
 
 from .control import freeze, hold, recalibrate, unfreeze
 from .conversion import convert, revert
-from .functional import batch_norm
+from .functional import batch_norm, sequence_mask
 from .modules import BatchNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d
 from .schedules import ClippingSchedule
 
@@ -18,5 +18,6 @@ __all__ = [
     "hold",
     "recalibrate",
     "revert",
+    "sequence_mask",
     "unfreeze",
 ]

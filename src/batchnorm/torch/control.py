@@ -14,7 +14,7 @@ from batchnorm.core import algebra, normalize
 from batchnorm.core.algebra import Moments
 from batchnorm.core.options import received
 
-from . import layout
+from . import checks, layout
 from . import namespace as xp
 from .modules import Layer
 
@@ -183,8 +183,10 @@ class _Gathered:
     def __call__(self, layer: Any, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
         x = arguments[0] if arguments else keywords["input"]
         plan = layout.plan(x, layer.axes(x) if isinstance(layer, Layer) else (1,), None)
+        mask = arguments[1] if len(arguments) > 1 else keywords.get("mask")
+        weights = None if mask is None else checks.weights(mask, x, plan)
         exact = torch.float32 if x.device.type == "mps" else torch.float64  # MPS has no float64
-        self.moments = normalize.gather(xp, self.moments, x.to(layout.wide(x)), plan, exact)
+        self.moments = normalize.gather(xp, self.moments, x.to(layout.wide(x)), plan, exact, weights)
 
 
 def _set(layer: Any, moments: Moments) -> None:

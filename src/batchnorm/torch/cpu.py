@@ -90,6 +90,7 @@ def serves(x: Tensor, plan: Geometry, traced: bool) -> bool:
         and x.dtype in TYPES
         and x.layout is torch.strided
         and (len(plan.features) == 1 or plan.collapses(x.shape))
+        and not plan.padding(x.shape)
         and (traced or is_plain(x))
     )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,22 +15,19 @@ from batchnorm.core.algebra import Moments
 from batchnorm.core.geometry import Geometry
 from batchnorm.core.normalize import Renorm
 from batchnorm.core.options import Clipping, Options
-from batchnorm.core.options import pair as checked_pair
 from batchnorm.core.options import weight as weight_of_new
 
-from . import autograd, cpu, layout, operators
+from . import autograd, checks, cpu, layout, operators
 from . import namespace as xp
+from .checks import Pair
 from .cpu import KERNEL, Averages, Static
 
-__all__ = ["TORCH", "Limits", "Pair", "batch_norm", "check_moved", "is_small", "is_traced", "normalize"]
+__all__ = ["TORCH", "Limits", "Pair", "Result", "State", "batch_norm", "is_small", "normalize", "sequence_mask"]
 
-Pair = tuple[Tensor, Tensor]
 Limits = Mapping[str, float | Tensor] | None
 
 TORCH = "torch"
 """The name of PyTorch's own operator, where a layer says which kernel served."""
-STATISTICS = ("running_mean", "running_var", "renorm_mean", "renorm_stddev")
-SHORT = (torch.float16, torch.bfloat16)
 SMALL = 1 << 17
 """Values up to which PyTorch's own operator takes less time than handing tensors to the CPU kernels; with features
 last, where its operator is better, four times as many."""
@@ -59,6 +57,8 @@ def batch_norm(
     virtual_batch_size: int | None = None,
     adjustment: Pair | None = None,
     fused: bool | None = None,
+    mask: Tensor | None = None,
+    skip_nonfinite: bool = False,
 ) -> Tensor:
     """Normalize a batch, as `torch.nn.functional.batch_norm` does, with every option of `BatchNorm`.
 
@@ -86,6 +86,9 @@ def batch_norm(
             virtual batch i mod (N / virtual_batch_size).
         adjustment: Scale a and bias b that broadcast to the input, applied in training, or None.
         fused: None or True for the fastest kernel that can serve, False for PyTorch's composed operations.
+        mask: What counts, one value for each position: booleans, or weights that are not negative; of the input's shape
+            without the feature axes, or with size 1 on them. What weighs nothing is not looked at, and 0 in the output.
+        skip_nonfinite: Whether a feature whose m or v is not finite keeps its averages.
 
     Returns:
         Tensor of the shape, type and memory format of `input`.
@@ -120,117 +123,143 @@ def batch_norm(
         virtual_batch_size=virtual_batch_size,
         adjustment=None if adjustment is None else lambda shape: adjustment,
         fused=fused,
+        skip_nonfinite=skip_nonfinite,
     )
-    renorm = None
-    if renorm_mean is not None and renorm_stddev is not None:
-        renorm = Renorm(renorm_mean, renorm_stddev, options.renorm_clipping)
-    y, _ = normalize(
+    return normalize(
         input,
         geometry.counted_axes(options.axis if isinstance(options.axis, int) else tuple(options.axis), input.shape),
         options,
-        running=(running_mean, running_var),
-        weight=weight,
-        bias=bias,
+        State(running_mean, running_var, renorm_mean, renorm_stddev, weight, bias),
         training=training,
         momentum=momentum,
         eps=eps,
-        renorm=renorm,
+        clipping=options.renorm_clipping,
         renorm_momentum=renorm_momentum,
-    )
-    return y
+        mask=mask,
+    ).y
 
 
-def is_eager() -> bool:
-    """Tell whether a call computes now, once, on what it is given, and its derivatives are those of `backward`."""
-    return not (is_traced() or layout.is_transformed())
+def sequence_mask(lengths: Tensor, size: int) -> Tensor:
+    """A mask of sequences that are filled up to a size: True at position i where i < length.
+
+    Args:
+        lengths: Lengths, ints of any shape.
+        size: Positions of each sequence.
+
+    Returns:
+        Booleans, of the shape of `lengths` and one axis more.
+
+    Raises:
+        TypeError: If the lengths are no tensor of ints.
+
+    >>> sequence_mask(torch.tensor([1, 3]), 3)
+    tensor([[ True, False, False],
+            [ True,  True,  True]])
+    """
+    if not isinstance(lengths, Tensor) or lengths.is_floating_point() or lengths.is_complex():
+        raise TypeError(f"lengths must be a tensor of ints; received {getattr(lengths, 'dtype', lengths)!r}.")
+    return torch.arange(size, device=lengths.device) < lengths.unsqueeze(-1)
 
 
-def is_traced() -> bool:
-    """Tell whether what is called now goes into a graph, or to a mode that looks at every operator."""
-    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0 or is_recorded()
+class State(NamedTuple):
+    """The tensors of a layer, and None for what it does not have."""
+
+    running_mean: Tensor | None
+    running_var: Tensor | None
+    renorm_mean: Tensor | None
+    renorm_stddev: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+
+    @property
+    def averages(self) -> dict[str, Tensor | None]:
+        """What moves, by name."""
+        return dict(zip(checks.STATISTICS, self, strict=False))
 
 
-def is_recorded() -> bool:
-    """Tell whether `torch.jit.trace` is at work, which the older exporter to ONNX uses too."""
-    return not torch.compiler.is_compiling() and torch._C._is_tracing()
+class Result(NamedTuple):
+    """What a call gives: the output, the name of the kernel that served, and whether an average has moved."""
 
-
-def is_exported() -> bool:
-    """Tell whether what is called now goes into a program that is to run without this package, in one mode."""
-    return torch.compiler.is_exporting() or is_recorded()
+    y: Tensor
+    kernel: str
+    moved: bool | Tensor = True
 
 
 def normalize(
     x: Tensor,
     axes: tuple[int, ...],
     options: Options,
+    state: State,
     *,
-    running: tuple[Tensor | None, Tensor | None],
-    weight: Tensor | None,
-    bias: Tensor | None,
     training: bool,
     momentum: float | Tensor,
     eps: float,
-    renorm: Renorm | None,
+    clipping: Clipping,
     renorm_momentum: float,
     moves: bool = True,
-) -> tuple[Tensor, str]:
-    """Normalize, move what is to be moved, and name the kernel that served. Nothing moves if anything is wrong.
+    mask: Tensor | None = None,
+) -> Result:
+    """Normalize, and move what is to be moved. Nothing moves if anything is wrong.
 
     Of `options` only what PyTorch's own layer does not have is read; the rest is given, as it is at this moment. Where
     `moves` is false, no average moves in training; renorm corrects by its own as they stand.
     """
-    traced, transformed = is_traced(), layout.is_transformed()
+    traced, transformed = layout.is_traced(), layout.is_transformed()
     if not transformed:
         x = layout.canonical(x)
     if not training:
-        return _evaluate(x, axes, options, running, weight, bias, eps)
-    size = options.virtual_batch_size
-    plain = axes == (1,) and renorm is None and size is None and options.adjustment is None
-    if is_exported():
+        return _evaluate(x, axes, options, state, eps, mask)
+    weight, bias = state.weight, state.bias
+    running = state[:2] if moves else (None, None)
+    size, renorm = options.virtual_batch_size, state.renorm_mean is not None
+    plain = axes == (1,) and not renorm and size is None and options.adjustment is None
+    plain = plain and mask is None and not options.skip_nonfinite
+    if layout.is_exported():
         if not plain or options.fused is False or torch.is_tensor(momentum):
             raise NotImplementedError(
                 "A training step with an option or with momentum=None cannot be exported or recorded: whoever moves "
                 "the program to evaluation would not find it there, and it would go on training. Call model.eval() "
                 "first, or batchnorm.torch.revert(model)."
             )
-        return torch.nn.functional.batch_norm(x, *running, weight, bias, True, momentum, eps), TORCH
-    moved = running if renorm is None else (*running, renorm.mean, renorm.stddev)
-    taken = not traced and cpu.takes(x, tuple([x.shape[axis] for axis in axes]), (*moved, weight, bias))
+        return Result(torch.nn.functional.batch_norm(x, *running, weight, bias, True, momentum, eps), TORCH)
+    taken = not traced and cpu.takes(x, tuple([x.shape[axis] for axis in axes]), state)
     if not taken:
-        values = dict(zip((*STATISTICS[: len(moved)], "weight", "bias"), (*moved, weight, bias), strict=True))
-        wrong = _misfit(x, axes, values)
-        if plain and (wrong or not _is_torch_s_mix(x, values)):  # PyTorch says what is wrong
-            return torch.nn.functional.batch_norm(x, *running, weight, bias, True, float(momentum), eps), TORCH
+        wrong = checks.misfit(x, axes, state._asdict())
+        if plain and (wrong or not checks.is_torch_s_mix(x, state)):  # PyTorch says what is wrong
+            return Result(torch.nn.functional.batch_norm(x, *running, weight, bias, True, float(momentum), eps), TORCH)
         if wrong:
             raise wrong
-    plan, count = _checked(x, axes, size, eps)
-    adjustment, by_feature = (None, True) if options.adjustment is None else _adjust(options, x, plan)
+    plan, count = checks.training_plan(x, axes, size, eps, mask is not None)
+    weights = None if mask is None else checks.weights(mask, x, plan)
+    adjustment, by_feature = (None, True) if options.adjustment is None else checks.adjustment(options, x, plan)
     if plain and not taken and not traced:  # PyTorch's operator would move a copy of such a view
-        plain = not any(value is not None and value.is_neg() for value in moved)
-    able = by_feature and count > 0 and (taken or traced or cpu.are_plain((*moved, weight, bias, *(adjustment or ()))))
+        plain = not any(value is not None and value.is_neg() for value in state.averages.values())
+    able = by_feature and count > 0 and mask is None
+    able = able and (taken or traced or cpu.are_plain((*state, *(adjustment or ()))))
     kernel = _select(x, plan, options.fused, momentum, plain, able, traced, transformed)
     if kernel == TORCH:
-        running = running if moves else (None, None)
-        return torch.nn.functional.batch_norm(x, *running, weight, bias, True, float(momentum), eps), kernel
+        return Result(torch.nn.functional.batch_norm(x, *running, weight, bias, True, float(momentum), eps), kernel)
     if moves and not traced and not (taken and kernel == KERNEL):
-        check_moved(dict(zip(STATISTICS, moved, strict=False)))
+        checks.moved(state.averages)
     form = layout.memory_format(x)
     if kernel == KERNEL and len(axes) == 1:
         x = layout.in_format(x, form)
     elif not traced and not transformed:  # where a gradient comes from elsewhere, its layout is nothing to insist on
         x = layout.with_gradients_in_format(x, form)
+    corrected = None
+    if state.renorm_mean is not None and state.renorm_stddev is not None:
+        corrected = Renorm(state.renorm_mean, state.renorm_stddev, clipping)
     if kernel == KERNEL:
         static = Static(eps, axes, size)
         averages = None
         if traced:
             factor, offset = core.fold(xp, weight, bias, autograd.flat(x, plan, adjustment))
-            y, group_moments = operators.forward(x, factor, offset, renorm, static)
+            y, group_moments = operators.forward(x, factor, offset, corrected, static)
         else:
-            if moves and taken and not torch.is_tensor(momentum):
+            if moves and taken and not torch.is_tensor(momentum) and not options.skip_nonfinite:
                 averages = Averages(running, momentum, algebra.bessel(count), renorm_momentum)
             later = averages is not None and _may_yet_raise(x)
-            old, limits = (None, None) if renorm is None else (renorm[:2], cpu.limits(renorm.clipping))
+            old, limits = (None, None) if corrected is None else (corrected[:2], cpu.limits(clipping))
             y, group_moments = autograd.forward(
                 x, weight, bias, adjustment, old, limits, static, plan, None if later else averages
             )
@@ -238,11 +267,8 @@ def normalize(
                 cpu.move(x, group_moments, old, static, averages)
         y = layout.in_format(y, form)
         if averages is not None or not moves:
-            return y, kernel
-        moments = Moments(group_moments[0], group_moments[1], count)
-        if renorm is None:
-            moments = moments._replace(variance=algebra.unbiased_variance(xp, moments))
-        averaged = algebra.average_groups(xp, moments, 0)
+            return Result(y, kernel)
+        averaged = core.average(xp, Moments(group_moments[0], group_moments[1], count), 0, not renorm)
     else:
         trained = core.train(
             xp,
@@ -252,13 +278,16 @@ def normalize(
             gamma=weight,
             beta=bias,
             adjustment=adjustment,
-            renorm=renorm,
-            unbiased=renorm is None,
+            renorm=corrected,
+            weights=weights,
+            masked="zero",
+            unbiased=not renorm,
         )
         y, averaged = trained.y.to(x.dtype).contiguous(memory_format=form), trained.averaged
-    if moves:
-        _move(averaged, plan, running, momentum, eps, renorm, renorm_momentum)
-    return y, kernel
+    if not moves:
+        return Result(y, kernel)
+    moments = algebra.reshaped(xp, averaged, plan.feature_sizes)
+    return Result(y, kernel, _move(moments, state, options.skip_nonfinite, momentum, eps, renorm_momentum))
 
 
 def _select(
@@ -285,128 +314,48 @@ def _select(
 
 @torch.no_grad()
 def _move(
-    averaged: Moments,
-    plan: Geometry,
-    running: tuple[Tensor | None, Tensor | None],
-    momentum: float | Tensor,
-    eps: float,
-    renorm: Renorm | None,
-    renorm_momentum: float,
-) -> None:
-    mean, variance = (value.reshape(plan.feature_sizes) for value in averaged[:2])
-    averages = {"moving_mean": running[0], "moving_variance": running[1]}
-    if renorm is not None:
-        averages |= {"renorm_mean": renorm.mean, "renorm_stddev": renorm.stddev}
-    moved = algebra.step(
-        xp,
-        {name: average for name, average in averages.items() if average is not None},
-        Moments(mean, variance, averaged.count),
-        eps,
-        rate=momentum,
-        renorm_rate=renorm_momentum,
-    )
-    for name, value in moved.items():
-        averages[name].copy_(value)  # type: ignore[union-attr]
+    moments: Moments, state: State, skip_nonfinite: bool, momentum: float | Tensor, eps: float, renorm_momentum: float
+) -> bool | Tensor:
+    """Move the averages, and tell whether one has moved."""
+    names = {"running_mean": "moving_mean", "running_var": "moving_variance"}
+    averages = {names.get(name, name): value for name, value in state.averages.items() if value is not None}
+    moves = algebra.finite(xp, moments) if skip_nonfinite else None
+    new = algebra.step(xp, averages, moments, eps, rate=momentum, renorm_rate=renorm_momentum, moves=moves)
+    for name, value in new.items():
+        averages[name].copy_(value)
+    moving = algebra.moving(moments, moves)
+    return moving.any() if torch.is_tensor(moving) else True  # an empty batch is counted, as by PyTorch's own layer
 
 
 def _evaluate(
-    x: Tensor,
-    axes: tuple[int, ...],
-    options: Options,
-    running: tuple[Tensor | None, Tensor | None],
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-) -> tuple[Tensor, str]:
+    x: Tensor, axes: tuple[int, ...], options: Options, state: State, eps: float, mask: Tensor | None
+) -> Result:
     kernel = passes.select(options.fused, {TORCH: axes == (1,)})
     if kernel != TORCH and eps < 0:
         raise ValueError(f"batch_norm eps must be non-negative, but got {eps}")
-    mean, variance = running
+    mean, variance, _, _, weight, bias = state
+    plan = weights = None
+    if mask is not None:
+        plan = layout.plan(x, axes, None)
+        weights = checks.weights(mask, x, plan)
     if kernel == TORCH or mean is None or variance is None:
-        return torch.nn.functional.batch_norm(x, mean, variance, weight, bias, False, 0.0, eps), TORCH
-    with layout.known_sizes() if is_recorded() else contextlib.nullcontext():
-        if wrong := _misfit(x, axes, {"running_mean": mean, "running_var": variance, "weight": weight, "bias": bias}):
+        if weights is not None:  # what is masked is not looked at, nor its gradient
+            x = torch.where(weights > 0, x, 0)
+        y = torch.nn.functional.batch_norm(x, mean, variance, weight, bias, False, 0.0, eps)
+        return Result(y if weights is None else torch.where(weights > 0, y, 0), TORCH)
+    with layout.known_sizes() if layout.is_recorded() else contextlib.nullcontext():
+        if wrong := checks.misfit(x, axes, state._replace(renorm_mean=None, renorm_stddev=None)._asdict()):
             raise wrong
         form = layout.memory_format(x)
-        plan = layout.plan(x, axes, None)
-    if not is_traced() and not layout.is_transformed():
+        plan = plan or layout.plan(x, axes, None)
+    if layout.is_eager():
         x = layout.with_gradients_in_format(x, form)
-    y: Tensor = core.infer(xp, x.to(layout.wide(x)), plan, eps, mean, variance, gamma=weight, beta=bias)
-    return y.to(x.dtype).contiguous(memory_format=form), kernel
-
-
-# ---- Checks, in PyTorch's words.
-
-
-def _is_torch_s_mix(x: Tensor, values: dict[str, Tensor | None]) -> bool:
-    """Tell whether PyTorch's operator takes these types: all the same, or a short input and the rest float32."""
-    if not x.is_floating_point():
-        return False
-    types = {value.dtype for value in values.values() if value is not None}
-    return not types or types == {x.dtype} or (types == {torch.float32} and x.dtype in SHORT)
-
-
-def _checked(x: Tensor, axes: tuple[int, ...], virtual_batch_size: int | None, eps: float) -> tuple[Geometry, int]:
-    """Work out the geometry of a training step, and count the values of each feature in a (virtual) batch."""
-    plan, count = layout.training_plan(x, axes, virtual_batch_size)
-    if count == 1:
-        raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.size()}")
-    if eps <= 0:
-        raise ValueError(f"batch_norm eps must be positive during training, but got {eps}")
-    return plan, count
-
-
-def _misfit(x: Tensor, axes: tuple[int, ...], values: dict[str, Tensor | None]) -> Exception | None:
-    """Say what does not fit: the input's type, or the place, the type or the shape of a statistic or a parameter."""
-    if not x.is_floating_point():
-        return TypeError(f"input must be of a floating-point type; received {x.dtype}.")
-    shape, device = x.shape, x.device
-    expected = torch.Size([shape[axis] for axis in axes])
-    for name, value in values.items():
-        if value is None:
-            continue
-        if value.device != device:
-            return ValueError(f"{name} must be on the input's device, {device}; received one on {value.device}.")
-        if value.shape != expected:
-            return ValueError(
-                f"{name} must have shape {tuple(expected)} for an input of shape {tuple(shape)} with feature axes "
-                f"{axes}; received shape {tuple(value.shape)}."
-            )
-        if value.dtype != x.dtype and not (value.dtype == torch.float32 and x.dtype in SHORT):
-            allowed = f"{x.dtype} or {torch.float32}" if x.dtype in SHORT else f"{x.dtype}"
-            return TypeError(f"{name} must be of {allowed} for an input of {x.dtype}; received {value.dtype}.")
-    return None
-
-
-def check_moved(moved: dict[str, Tensor | None]) -> None:
-    """Raise if one of these cannot be changed in its place, before another is."""
-    for name, value in moved.items():
-        if value is None:
-            continue
-        if any(size > 1 and stride == 0 for size, stride in zip(value.shape, value.stride(), strict=True)):
-            raise ValueError(
-                f"{name} must have memory for each of its values, as it is moved; received an expanded tensor of shape "
-                f"{tuple(value.shape)} and strides {value.stride()}."
-            )
-        if value.is_inference() and not torch.is_inference_mode_enabled():
-            raise RuntimeError(f"{name} must not be moved outside of inference mode; it was made within.")
+    y = core.infer(
+        xp, x.to(layout.wide(x)), plan, eps, mean, variance, gamma=weight, beta=bias, weights=weights, masked="zero"
+    )
+    return Result(y.to(x.dtype).contiguous(memory_format=form), kernel)
 
 
 def _may_yet_raise(x: Tensor) -> bool:
     """Tell whether a call can fail after the kernels: when an inference tensor is to be saved, or in a user's hook."""
     return x.is_inference() or torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
-
-
-def _adjust(options: Options, x: Tensor, plan: Geometry) -> tuple[Pair, bool]:
-    """Ask for the adjustment of a batch, and tell whether it has one value for each feature."""
-    assert options.adjustment is not None
-    first, second = (
-        value if torch.is_tensor(value) else torch.as_tensor(value, device=x.device, dtype=layout.wide(x))
-        for value in checked_pair(options.adjustment(x.shape))
-    )
-    for value in (first, second):
-        if value.device != x.device:
-            raise ValueError(
-                f"adjustment must return tensors on the input's device, {x.device}; received one on {value.device}."
-            )
-    return (first, second), plan.check_adjustment((first.shape, second.shape), x.shape)

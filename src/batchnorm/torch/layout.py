@@ -19,7 +19,11 @@ __all__ = [
     "canonical",
     "in_format",
     "is_batched",
+    "is_eager",
+    "is_exported",
     "is_kept",
+    "is_recorded",
+    "is_traced",
     "is_transformed",
     "kernel",
     "known_sizes",
@@ -39,7 +43,7 @@ def plan(x: Tensor, axes: int | tuple[int, ...], virtual_batch_size: int | None)
 
 
 def training_plan(x: Tensor, axes: tuple[int, ...], virtual_batch_size: int | None) -> tuple[Geometry, int]:
-    """Work out the geometry of a training step, and the number of values of each feature in a (virtual) batch."""
+    """Work out the geometry of a training step, and count the values of each feature in the smallest virtual batch."""
     make = _training_plan if _is_known(x) else _training_plan.__wrapped__
     return make(tuple(x.shape), axes, virtual_batch_size)
 
@@ -49,8 +53,7 @@ def _training_plan(
     shape: tuple[int, ...], axes: tuple[int, ...], virtual_batch_size: int | None
 ) -> tuple[Geometry, int]:
     found: Geometry = geometry.plan.__wrapped__(shape, axes, virtual_batch_size)
-    found.check_divides(shape[0])
-    return found, found.count(found.split(shape))
+    return found, found.least(shape)
 
 
 def _is_known(x: Tensor) -> bool:
@@ -73,6 +76,26 @@ def known_sizes() -> Iterator[None]:
 def is_transformed() -> bool:
     """Tell whether forward-mode derivatives or `torch.func` are at work."""
     return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
+
+
+def is_eager() -> bool:
+    """Tell whether a call computes now, once, on what it is given, and its derivatives are those of `backward`."""
+    return not (is_traced() or is_transformed())
+
+
+def is_traced() -> bool:
+    """Tell whether what is called now goes into a graph, or to a mode that looks at every operator."""
+    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0 or is_recorded()
+
+
+def is_recorded() -> bool:
+    """Tell whether `torch.jit.trace` is at work, which the older exporter to ONNX uses too."""
+    return not torch.compiler.is_compiling() and torch._C._is_tracing()
+
+
+def is_exported() -> bool:
+    """Tell whether what is called now goes into a program that is to run without this package, in one mode."""
+    return torch.compiler.is_exporting() or is_recorded()
 
 
 def is_batched(gradient: Tensor) -> bool:

@@ -12,10 +12,9 @@ from torch._jit_internal import is_scripting
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from batchnorm.core import algebra, geometry
-from batchnorm.core.normalize import Renorm
 from batchnorm.core.options import Clipping, Options, received, small_number, weight
 
-from . import functional, layout
+from . import checks, functional, layout
 from . import namespace as xp
 from .functional import Limits, Pair
 
@@ -31,6 +30,7 @@ OPTIONS = {
     "virtual_batch_size": None,
     "adjustment": None,
     "fused": None,
+    "skip_nonfinite": False,
 }
 """The options that PyTorch's own layers do not have, with their defaults."""
 RENORM = ("renorm_mean", "renorm_stddev")
@@ -74,6 +74,7 @@ class Layer(_BatchNorm):
         virtual_batch_size: int | None = None,
         adjustment: Adjustment = None,
         fused: bool | None = None,
+        skip_nonfinite: bool = False,
     ) -> None:
         given = {
             "renorm": renorm,
@@ -82,6 +83,7 @@ class Layer(_BatchNorm):
             "virtual_batch_size": virtual_batch_size,
             "adjustment": adjustment,
             "fused": fused,
+            "skip_nonfinite": skip_nonfinite,
         }
         checked(given, axis=self.axis, eps=eps, momentum=momentum, track_running_stats=track_running_stats)
         super().__init__(
@@ -124,8 +126,8 @@ class Layer(_BatchNorm):
         asked = checked(given, **self._own())
         self._asked, self._given = asked, given
         self._plain = Options(axis=self.axis, fused=asked.fused)  # of evaluation
-        named = (asked.renorm, asked.virtual_batch_size, asked.adjustment)
-        self._simple = named == (False, None, None) and self.axis == 1 and asked.fused is not False
+        named = (asked.renorm, asked.virtual_batch_size, asked.adjustment, asked.skip_nonfinite)
+        self._simple = named == (False, None, None, False) and self.axis == 1 and asked.fused is not False
         for name, value in given.items():
             super().__setattr__(name, value)
         if asked.renorm:
@@ -152,53 +154,58 @@ class Layer(_BatchNorm):
         if getattr(self, "renorm_mean", None) is not None:
             self.reset_renorm()
 
-    def forward(self, input: Tensor) -> Tensor:
-        """Normalize a batch; in training by itself, moving the statistics."""
+    def forward(self, input: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Normalize a batch; in training by itself, moving the statistics.
+
+        Args:
+            input: Batch.
+            mask: What counts, one value for each position: booleans, or weights that are not negative; of the input's
+                shape without the feature axes, or with size 1 on them. What weighs nothing is not looked at, and 0 in
+                the output.
+        """
         if is_scripting():  # which compiles this branch alone, and comes here in evaluation
+            assert mask is None
             return nn.functional.batch_norm(
                 input, self.running_mean, self.running_var, self.weight, self.bias, self.training, 0.0, self.eps
             )
         else:  # noqa: RET505  # the compiler of scripts takes a branch as it stands
-            return self._forward(input)
+            return self._forward(input, mask)
 
-    def _forward(self, input: Tensor) -> Tensor:
+    def _forward(self, input: Tensor, mask: Tensor | None) -> Tensor:
         if type(input) is not Tensor and isinstance(input, fx.Proxy):
-            return self._record(input)
+            return self._record(input, mask)
         self._check_input_dim(input)  # type: ignore[no-untyped-call]
-        if self._simple and self.training and functional.is_eager() and functional.is_small(input):
+        if self._simple and mask is None and self.training and layout.is_eager() and functional.is_small(input):
             return self._forward_small(input)
-        tracked = self.track_running_stats or not self.training
-        running = (self.running_mean, self.running_var) if tracked else (None, None)
         batches = self.num_batches_tracked if self.training and self.track_running_stats else None
         if batches is not None and not torch.compiler.is_compiling() and batches.is_inference():
-            functional.check_moved({"num_batches_tracked": batches})
+            checks.moved({"num_batches_tracked": batches})
         momentum: float | Tensor = 0.0 if self.momentum is None else self.momentum
         if self.momentum is None and batches is not None:  # the plain average of all batches
             momentum = 1.0 / (batches + 1) if torch.compiler.is_compiling() else 1.0 / (float(batches) + 1)
-        renorm = None
-        if (
-            self.training
-            and self.renorm_mean is not None
-            and self.renorm_stddev is not None
-            and self.running_mean is not None
-        ):
-            renorm = Renorm(self.renorm_mean, self.renorm_stddev, self._clipping())
-        y, kernel = functional.normalize(
+        renorm = self.training and self.running_mean is not None
+        y, kernel, moved = functional.normalize(
             input,
             self.axes(input),
             self._asked if self.training else self._plain,
-            running=running,
-            weight=self.weight,
-            bias=self.bias,
+            functional.State(
+                self.running_mean,
+                self.running_var,
+                self.renorm_mean if renorm else None,
+                self.renorm_stddev if renorm else None,
+                self.weight,
+                self.bias,
+            ),
             training=self.training or (self.running_mean is None and self.running_var is None),
             momentum=momentum,
             eps=self.eps,
-            renorm=renorm,
+            clipping=self._clipping() if renorm else Clipping(),
             renorm_momentum=self.renorm_momentum,
             moves=self.track_running_stats,
+            mask=mask,
         )
         if batches is not None:
-            batches.add_(1)
+            batches.add_(moved)
         if not torch.compiler.is_compiling():
             self.__dict__["kernel"] = kernel  # by itself setting an attribute of a module takes microseconds
         return y
@@ -209,7 +216,7 @@ class Layer(_BatchNorm):
         if self.track_running_stats:
             running_mean, running_var, batches = self.running_mean, self.running_var, self.num_batches_tracked
             if batches is not None and batches.is_inference():
-                functional.check_moved({"num_batches_tracked": batches})
+                checks.moved({"num_batches_tracked": batches})
         momentum = self.momentum
         if momentum is None:
             momentum = 0.0 if batches is None else 1.0 / (float(batches) + 1)
@@ -230,7 +237,7 @@ class Layer(_BatchNorm):
             )
         return self
 
-    def _record(self, input: fx.Proxy) -> Any:
+    def _record(self, input: fx.Proxy, mask: Any) -> Any:
         """Put a call of this module into a graph of `torch.fx`, as it does with PyTorch's own layers."""
         try:
             name = input.tracer.path_of_module(self)  # type: ignore[attr-defined]
@@ -241,7 +248,7 @@ class Layer(_BatchNorm):
                 f"{type(self).__name__} cannot be traced by itself, as it stays one call in a graph; trace a module "
                 f"that holds it, such as torch.nn.Sequential."
             )
-        return input.tracer.create_proxy("call_module", name, (input,), {})
+        return input.tracer.create_proxy("call_module", name, (input,), {} if mask is None else {"mask": mask})
 
     def axes(self, input: Tensor) -> tuple[int, ...]:
         """Count the feature axes of an input from the start."""
@@ -288,6 +295,7 @@ def checked(
         virtual_batch_size=given["virtual_batch_size"],
         adjustment=given["adjustment"],
         fused=given["fused"],
+        skip_nonfinite=given["skip_nonfinite"],
         cumulative=momentum is None,
     )
     if options.renorm and not track_running_stats:
@@ -352,10 +360,13 @@ class BatchNorm(Layer):
             scalar tensors, or a function from the number of batches tracked (a tensor) to such a mapping, for instance
             a `ClippingSchedule`.
         renorm_momentum: Weight of the new value in renorm's averages.
-        virtual_batch_size: Samples in each virtual batch of training; sample i is in virtual batch
-            i mod (N / virtual_batch_size). Running statistics move to the mean over virtual batches.
+        virtual_batch_size: Samples in each virtual batch of training, at most; of N samples, sample i is in virtual
+            batch i mod ⌈N / virtual_batch_size⌉, so that their sizes differ by one at most. Running statistics move to
+            the mean over virtual batches, by the number of samples.
         adjustment: Function of the input's shape to a pair (a, b) that broadcasts to it. Not with virtual batches.
         fused: None or True for the fastest kernel that can serve, False for PyTorch's composed operations.
+        skip_nonfinite: Whether a feature whose m or v is not finite, in any virtual batch, keeps its averages in that
+            step. Otherwise they are lost, and with renorm every later batch. Not with ``momentum=None``.
 
     Raises:
         TypeError: For an argument of the wrong type.

@@ -33,7 +33,7 @@ MOST = 1024
 """The number of threads that more count as."""
 
 
-def _load() -> ModuleType | None:
+def _check_environment() -> None:
     asked = os.environ.get("BATCHNORM_ISA")
     if asked and asked not in INSTRUCTION_SETS:
         *most, last = INSTRUCTION_SETS
@@ -42,12 +42,16 @@ def _load() -> ModuleType | None:
             "which counts as not set.",
             stacklevel=1,
         )
+
+
+def _load() -> ModuleType | None:
     try:
         return importlib.import_module("batchnorm._cpu")
     except ModuleNotFoundError:
         return None
 
 
+_check_environment()
 library = _load()
 """The extension module, or None where it was not built."""
 
@@ -92,9 +96,9 @@ def num_threads() -> int:
 
 
 def set_num_threads(threads: int) -> None:
-    """Set how many threads a call on NumPy or TensorFlow may use, the calling one among them; 1,024 at most.
+    """Set how many threads a call on NumPy or TensorFlow may use, the calling one among them.
 
-    More count as 1,024. Calls on PyTorch use as many as ``torch.set_num_threads`` says.
+    More than 1,024 count as 1,024. Calls on PyTorch use as many as ``torch.set_num_threads`` says.
 
     Raises:
         ValueError: If it is less than 1.

@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 SOURCES := $(wildcard csrc/*.cpp csrc/*.hpp csrc/test/*.cpp)
 
-.PHONY: demo test lint bench format sanitize check-arm clean
+.PHONY: demo test lint bench format sanitize check-arm check-install clean
 
 demo: .venv/.installed
 	$(BIN)/python -m batchnorm demo
@@ -31,7 +31,7 @@ format: .venv/.installed
 # the limits of each are watched. SANITIZE_ISAS names the sets that are run; asking for more than there is falls back on
 # what is there.
 SANITIZE := build/sanitize
-SANITIZE_SOURCES := $(addprefix csrc/,test/sanitize.cpp averages.cpp dispatch.cpp memory.cpp threads.cpp)
+SANITIZE_SOURCES := $(addprefix csrc/,test/sanitize.cpp averages.cpp dispatch.cpp memory.cpp processors.cpp threads.cpp)
 SANITIZE_FLAGS := -std=c++17 -Wall -Wextra -Wno-psabi -Wno-maybe-uninitialized -fno-math-errno \
 	-fno-trapping-math -Icsrc -pthread
 SANITIZE_ISAS := $(shell grep -q avx512_bf16 /proc/cpuinfo && echo avx512bf16) \
@@ -71,6 +71,10 @@ $(SANITIZE)/arm: $(DEPENDENCIES)
 	mkdir -p $(SANITIZE)
 	$(ARM) $(SANITIZE_FLAGS) -O2 -static -DBATCHNORM_ISA=baseline -DBATCHNORM_VECTOR_BYTES=16 \
 		csrc/instruction_set.cpp $(SANITIZE_SOURCES) -o $@
+
+# The installation as users have it, in clean environments of every Python that is found.
+check-install:
+	$(PYTHON) tools/check_install.py
 
 clean:
 	rm -rf .venv build dist

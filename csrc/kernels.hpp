@@ -137,7 +137,7 @@ struct Kernels {
 };
 
 // The best kernels that this processor can run. The environment variable BATCHNORM_ISA (avx512bf16, avx512, avx2 or
-// baseline) asks for lesser ones.
+// baseline) asks for lesser ones; who loads this says so where it is none of them.
 const Kernels& kernels();
 
 }  // namespace batchnorm

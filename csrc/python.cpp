@@ -7,6 +7,7 @@
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
+#include <unistd.h>
 
 #include <climits>
 #include <cmath>
@@ -16,6 +17,7 @@
 #include <string>
 
 #include "kernels.hpp"
+#include "processors.hpp"
 #include "threads.hpp"
 
 namespace nb = nanobind;
@@ -162,9 +164,28 @@ class Checked {
   int count_ = 0;
 };
 
+// Leaves the interpreter to other threads while it lives. A daemon thread that comes back when the program is ending is
+// unwound by Python, up to 3.13. That must not reach code that cannot be unwound, or the process aborts; so the thread
+// waits for the end of the process here, as it does by itself from 3.14 on.
+class Released {
+ public:
+  Released() = default;
+  Released(const Released&) = delete;
+  ~Released() {
+    try {
+      PyEval_RestoreThread(state_);
+    } catch (...) {
+      for (;;) pause();
+    }
+  }
+
+ private:
+  PyThreadState* state_ = PyEval_SaveThread();
+};
+
 template <class Operation>
 void call(void (*operation)(const Operation&), const Operation& p) {
-  nb::gil_scoped_release release;
+  Released released;
   operation(p);
 }
 
@@ -338,7 +359,7 @@ void forward_at(const Kernel& kernel, int64_t threads, uintptr_t x, uintptr_t y,
   averages.renorm_mean = p.renorm_mean;
   averages.renorm_stddev = p.renorm_stddev;
   Team team = team_of(threads);
-  nb::gil_scoped_release release;
+  Released released;
   kernels().forward(p);
   if (running_mean || running_variance || (renorm && renorm_momentum != 0)) track(averages);
 }
@@ -432,5 +453,6 @@ NB_MODULE(_cpu, m) {
         set_num_threads(static_cast<int>(threads < INT_MAX ? threads : INT_MAX));
       },
       arg("threads"));
+  m.def("processors", [](const std::string& root) { return processors(root); }, arg("root") = "");
   m.def("use_openmp", [](uintptr_t address) { openmp = reinterpret_cast<OpenMP>(address); }, arg("address"));
 }

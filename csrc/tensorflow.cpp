@@ -11,6 +11,7 @@
 #include <string>
 
 #include "kernels.hpp"
+#include "threads.hpp"
 
 extern "C" {
 struct TF_OpDefinitionBuilder;
@@ -356,3 +357,9 @@ struct Registration {
 } registration;
 
 }  // namespace
+
+// This library has a pool of its own, which follows the one number of the package through these.
+extern "C" {
+[[gnu::visibility("default")]] int batchnorm_num_threads() { return batchnorm::num_threads(); }
+[[gnu::visibility("default")]] void batchnorm_set_num_threads(int threads) { batchnorm::set_num_threads(threads); }
+}

@@ -1,7 +1,6 @@
 #include "threads.hpp"
 
 #include <pthread.h>
-#include <unistd.h>
 
 #include <atomic>
 #include <condition_variable>
@@ -15,6 +14,8 @@
 #include <utility>
 #include <vector>
 
+#include "processors.hpp"
+
 namespace batchnorm {
 namespace {
 
@@ -27,8 +28,7 @@ int default_threads() {
     int threads = std::atoi(asked);  // of a list for nested levels, the first
     if (threads > 0) return within(threads);
   }
-  unsigned found = std::thread::hardware_concurrency();
-  return within(static_cast<int>(found));
+  return within(processors());
 }
 
 std::atomic<int> wanted{0};
@@ -39,7 +39,7 @@ void pause() {
 #endif
 }
 
-// The team of the calling thread, if it has one.
+// The team of the calling thread, if it has one, and how many threads it asks for, if any.
 thread_local OpenMP team = nullptr;
 thread_local int team_threads = 0;
 
@@ -173,7 +173,7 @@ void forget_pool_in_child() {  // a forked process has no threads but its own
 
 Team::Team(OpenMP parallel, int threads) {
   team = parallel;
-  team_threads = parallel == nullptr ? 0 : within(threads);
+  team_threads = within(threads);
 }
 Team::~Team() {
   team = nullptr;

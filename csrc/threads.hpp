@@ -19,12 +19,12 @@ void run_tasks(int64_t tasks, bool alone, Task&& task) {
     parallel(tasks, [](void* context, int64_t i) { (*static_cast<Task*>(context))(i); }, &task);
 }
 
-int num_threads();
+int num_threads();                  // at first OMP_NUM_THREADS, or else as many as there are processors for us
 void set_num_threads(int threads);  // taken as the nearest of 1 to 1024
 
-// While one of these lives, the calling thread uses a team of OpenMP's in the place of the pool: that of a framework
-// whose threads wait for work by spinning, and would take the processors from ours. `parallel` is GOMP_parallel, or
-// null to keep to the pool.
+// While one of these lives, the calling thread uses so many threads, of a team of OpenMP's in the place of the pool:
+// that of a framework whose threads wait for work by spinning, and would take the processors from ours. `parallel` is
+// GOMP_parallel, or null to keep to the pool.
 using OpenMP = void (*)(void (*)(void*), void*, unsigned, unsigned);
 class Team {
  public:

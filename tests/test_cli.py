@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import subprocess
 import sys
 
 import pytest
 
 import batchnorm
-from batchnorm import cpu
+from batchnorm import cpu, info
 from batchnorm.info import OPTIONS
 
 
@@ -31,6 +32,21 @@ def test_info_tells_versions_frameworks_threads_and_who_serves_what() -> None:
         assert set(served) == set(OPTIONS)
         assert served["renorm"].split()[0] == "cpu"
         assert served["fused=False"].split() == ["composed", "composed"]
+
+
+@pytest.mark.parametrize(
+    ("operations", "said", "wanted"),
+    [(None, "not built", "GCC or Clang"), ("_tensorflow_ops.so", "for TensorFlow only", "python3-dev")],
+)
+def test_info_says_which_kernels_are_missing_and_how_to_get_them(
+    operations: str | None, said: str, wanted: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cpu, "library", None)
+    monkeypatch.setattr(cpu, "operations", lambda: operations)
+    found = list(itertools.takewhile(lambda line: not line.startswith("NumPy, "), info.lines()))
+    assert found[-3].startswith(f"CPU kernels: {said}; ")
+    assert wanted in found[-2]
+    assert found[-1].strip() == "pip install --force-reinstall --no-cache-dir --no-deps batchnorm"
 
 
 @pytest.mark.parametrize("arguments", [("info", "--no-such-option"), ("no-such-command",), ()], ids=" ".join)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import inspect
 import math
+import pickle
+import tracemalloc
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -341,6 +344,71 @@ def test_the_gradient_is_that_of_the_call_even_after_the_layer_has_moved_on() ->
             assert one.tolist() == other.tolist()
 
 
+ADJUSTMENTS: dict[str, Any] = {
+    "no adjustment": None,
+    "by feature": (np.array([0.5, 1.5]), np.array([0.25, -0.25])),
+    "by value": (np.linspace(0.5, 1.5, 12).reshape(6, 2), np.linspace(-1, 1, 12).reshape(6, 2)),
+}
+
+
+@pytest.mark.parametrize("adjusted", ADJUSTMENTS)
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("fused", [None, False])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_the_gradient_is_of_what_went_in_whatever_becomes_of_it(
+    dtype: Any, fused: bool | None, training: bool, adjusted: str
+) -> None:
+    x = np.random.default_rng(0).normal(3.0, 2.0, (6, 2)).astype(dtype)
+    dy = x[::-1].copy()
+    pair: Any = ADJUSTMENTS[adjusted] and tuple(value.copy() for value in ADJUSTMENTS[adjusted])
+    layer = BatchNormalization(renorm=True, fused=fused, adjustment=pair and (lambda shape: pair))
+    _, gradient = layer.vjp(x, training)
+    expected = gradient(dy)
+    for array in (x, *layer.variables.values(), *(pair or ())):
+        array *= 5
+    found = gradient(dy)
+    for one, other in zip((*expected[:3], *(expected[3] or ())), (*found[:3], *(found[3] or ())), strict=True):
+        assert one is not None
+        assert other is not None
+        assert one.tobytes() == other.tobytes()
+
+
+def test_calling_without_a_gradient_copies_nothing_and_changes_nothing() -> None:
+    x = np.random.default_rng(0).normal(size=(6, 2))
+    x.flags.writeable = False
+    for fused in (None, False):
+        layer, other = BatchNormalization(fused=fused), BatchNormalization(fused=fused)
+        assert layer(x, training=True).tobytes() == other.vjp(x, training=True)[0].tobytes()
+        assert layer(x).tobytes() == other.vjp(x)[0].tobytes()
+
+
+@pytest.mark.parametrize("adjusted", ADJUSTMENTS)
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("fused", [None, False])
+def test_gradients_share_no_memory_with_what_they_are_of(fused: bool | None, training: bool, adjusted: str) -> None:
+    x, dy = np.random.default_rng(0).normal(size=(2, 6, 2))
+    pair = ADJUSTMENTS[adjusted]
+    for scale in (True, False):
+        layer = BatchNormalization(scale=scale, fused=fused, adjustment=pair and (lambda shape: pair))
+        _, gradient = layer.vjp(x, training)
+        *found, adjustment = gradient(dy)
+        for one in (*found, *(adjustment or ())):
+            for other in (x, dy, *layer.variables.values(), *(pair or ())):
+                assert one is None or not np.shares_memory(one, other)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("fused", [None, False])
+@pytest.mark.parametrize("shape", [(24,), (), (1,), (4, 6), (6, 1), (1, 4), (3, 2, 4), (6, 4, 1)])
+def test_a_gradient_of_another_shape_than_the_output_s_is_refused(
+    shape: tuple[int, ...], fused: bool | None, training: bool
+) -> None:
+    _, gradient = BatchNormalization(fused=fused).vjp(np.ones((6, 4), np.float32), training)
+    with pytest.raises(ValueError, match=r"^dy must have .* \(6, 4\); received") as caught:
+        gradient(np.ones(shape))
+    assert str(shape) in str(caught.value)
+
+
 def test_gradients_are_summed_in_float64_as_all_arithmetic_is() -> None:
     # In float32 neither of the two large differences below can be told from its neighbours.
     layer = BatchNormalization(moving_mean_initializer=1.0, epsilon=0.0)
@@ -598,6 +666,15 @@ def test_an_initial_array_is_not_shared_with_the_layer(axis: Any) -> None:
     assert not initial.any()
 
 
+def test_an_initial_array_is_taken_as_it_was_given() -> None:
+    initial = np.full(3, 0.5)
+    layer = BatchNormalization(gamma_initializer=initial)
+    initial *= 5
+    layer.build((None, 3))
+    assert layer.gamma is not None
+    assert layer.gamma.tolist() == [0.5, 0.5, 0.5]
+
+
 # Parameters and training
 
 
@@ -648,6 +725,16 @@ def test_constrain_projects_the_parameters_and_keeps_their_type() -> None:
         assert value is not None
         assert value.tolist() == expected
         assert value.dtype == np.float32
+
+
+def test_what_a_constraint_returns_is_not_shared_with_the_layer() -> None:
+    mine = np.full(2, 3.0)
+    layer = BatchNormalization(gamma_constraint=lambda gamma: mine)
+    layer.build((None, 2), np.float64)
+    layer.constrain()
+    mine *= 5
+    assert layer.gamma is not None
+    assert layer.gamma.tolist() == [3.0, 3.0]
 
 
 BAD: list[tuple[str, Any, type[Exception]]] = [
@@ -780,6 +867,47 @@ def test_a_saved_layer_is_a_plain_archive_of_its_variables_by_name(tmp_path: Pat
     layer(np.ones((2, 3)), training=True)
     save(tmp_path / "layer.npz", layer)
     assert zipfile.ZipFile(tmp_path / "layer.npz").namelist() == [f"{name}.npy" for name in NAMES]
+
+
+@pytest.mark.parametrize("again", [lambda layer: pickle.loads(pickle.dumps(layer)), copy.deepcopy])
+@pytest.mark.parametrize("steps", [0, 1])
+@pytest.mark.parametrize(
+    "initializer", [0.5, [0.5, 1.0, 2.0], np.full(3, 0.5), "ones", np.ones], ids=lambda part: str(part)[:12]
+)
+def test_a_pickled_or_copied_layer_goes_on_by_itself(initializer: Any, steps: int, again: Any) -> None:
+    x = np.random.default_rng(0).normal(3.0, 2.0, (8, 3))
+    layer = BatchNormalization(
+        gamma_initializer=initializer,
+        moving_variance_initializer=initializer,
+        renorm=True,
+        renorm_clipping={"rmax": 3.0},
+        virtual_batch_size=2,
+        dtype=np.float32,
+    )
+    for _ in range(steps):
+        layer(x, training=True)
+    other = again(layer)
+    alone = other(x, training=True)
+    assert layer(x, training=True).tobytes() == alone.tobytes()
+    assert layer(x).tobytes() == other(x).tobytes()
+    for name, value in layer.variables.items():
+        assert other.variables[name].tobytes() == value.tobytes()
+        assert not np.shares_memory(other.variables[name], value)
+
+
+def test_memory_does_not_grow_with_the_number_of_shapes() -> None:
+    layer = BatchNormalization()
+    tracemalloc.start()
+    try:
+        for size in range(1, 2_000):
+            layer(np.zeros((size, 2), np.float32), training=size % 2 == 0)
+        before, _ = tracemalloc.get_traced_memory()
+        for size in range(2_000, 5_000):
+            layer(np.zeros((size, 2), np.float32), training=size % 2 == 0)
+        after, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert after - before < 100_000  # 30 bytes a shape; what is remembered of one takes a thousand
 
 
 def test_loading_copies() -> None:

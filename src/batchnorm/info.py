@@ -14,6 +14,8 @@ from . import __version__, cpu
 __all__ = ["lines"]
 
 FRAMEWORKS = ("numpy", "tensorflow", "tensorflow-cpu", "tf_keras", "keras", "torch", "jax", "flax")
+AGAIN = "pip install --force-reinstall --no-cache-dir --no-deps batchnorm"
+"""The cure of an installation without kernels; pip would else take the wheel that it has kept."""
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
     "renorm": {"renorm": True},
@@ -34,7 +36,13 @@ def lines() -> Iterator[str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     if cpu.library is None:
-        yield "CPU kernels: not built; the composed path serves everything"
+        if cpu.operations() is None:
+            yield "CPU kernels: not built; the composed path serves everything"
+            yield "To have them, install GCC or Clang, and the headers of Python (python3-dev or the like), and then"
+        else:
+            yield "CPU kernels: for TensorFlow only; elsewhere the composed path serves everything"
+            yield "To have them everywhere, install the headers of Python (python3-dev or the like), and then"
+        yield f"  {AGAIN}"
     else:
         variables = [
             f"{name}={os.environ[name]}" for name in ("OMP_NUM_THREADS", "BATCHNORM_ISA") if name in os.environ

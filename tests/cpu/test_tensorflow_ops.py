@@ -15,14 +15,13 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[2]
 
 PREAMBLE = """
-import pathlib, resource, sys
+import os, resource, sys
 import numpy as np
 import tensorflow as tf
 import batchnorm
 from tests.cpu.cases import *
 
-paths = [pathlib.Path(folder) / "_tensorflow_ops.so" for folder in batchnorm.__path__]
-ops = tf.load_op_library(str(next(path for path in paths if path.is_file())))
+ops = tf.load_op_library(batchnorm.cpu.operations())
 
 
 def attributes(first, last, apart=(-1, -1), size=0):
@@ -228,3 +227,54 @@ def test_nothing_leaks() -> None:
         steps(400)
         assert resident() - before < 40 << 20  # one array a step would be 160 MB
     """)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="counts threads the way of Linux")
+@pytest.mark.parametrize("first", [True, False], ids=["set before the layer is imported", "set after"])
+def test_the_number_of_threads_of_the_package_is_that_of_the_operations(first: bool) -> None:
+    run(f"""
+        batchnorm.set_num_threads({5 if first else 1})
+        from batchnorm.tensorflow import operations
+
+        def count():
+            return len(os.listdir("/proc/self/task"))
+
+        x = np.ones((64, 16, 31, 33), np.float32)
+        step = lambda: operations._operations.batchnorm_forward(
+            x=x, factor=floats(None, np.float32), offset=floats(None, np.float32), renorm_mean=floats(None, np.float32),
+            renorm_stddev=floats(None, np.float32), numbers=floats([EPSILON, 0, 0, 0], np.float32), **attributes(1, 1))
+        tf.constant(x) + 1
+        before = count()
+        step()
+        assert count() - before == {4 if first else 0}, count() - before
+        for threads in (3, 2**40):
+            batchnorm.set_num_threads(threads)
+            assert batchnorm.num_threads() == min(threads, 1024)
+        batchnorm.set_num_threads(3)
+        step()
+        assert count() - before == 2, count() - before
+    """)
+
+
+def test_the_operations_need_no_extension_module_and_then_have_the_number_of_threads() -> None:
+    code = """
+        import sys
+        sys.modules["batchnorm._cpu"] = None  # as where Python's headers were not to be had
+        import numpy as np, tensorflow as tf, batchnorm
+        assert batchnorm.num_threads() == 1
+        from batchnorm.tensorflow import BatchNormalization
+        layer = BatchNormalization()
+        y = layer(tf.constant(np.random.default_rng(0).normal(3, 2, (64, 16, 31, 33)), tf.float32), training=True)
+        assert layer.kernel == "cpu"
+        assert abs(y.numpy().mean()) < 1e-4 and abs(y.numpy().std() - 1) < 1e-3
+        assert batchnorm.num_threads() == 7
+        batchnorm.set_num_threads(3)
+        assert batchnorm.num_threads() == 3
+    """
+    subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        env={**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3", "OMP_NUM_THREADS": "7"},
+        cwd=ROOT,
+        timeout=300,
+        check=True,
+    )

@@ -88,6 +88,7 @@ def test_a_number_of_threads_that_is_no_int_is_refused(threads: Any) -> None:
 
 PREAMBLE = "from tests.cpu.cases import *\nimport os, sys, threading\n"
 ROOT = pathlib.Path(__file__).parents[2]
+linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="asks the system the way of Linux")
 
 
 def run(code: str, *arguments: str, **environment: str) -> str:
@@ -141,6 +142,157 @@ def test_every_instruction_set_gives_the_same_within_rounding(name: str, tmp_pat
             check_near([next(found) for _ in expected], expected, NEAR[dtype.name])
 
 
+@pytest.mark.parametrize("name", ["garbage", "AVX2", "avx", "0"])
+def test_an_unknown_instruction_set_is_said_and_counts_as_none(name: str) -> None:
+    code = """
+        import warnings
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            import importlib, batchnorm.cpu
+            importlib.reload(batchnorm.cpu)
+        print(library.instruction_set(), *{str(each.message) for each in caught})
+    """
+    found, said = run(code, BATCHNORM_ISA=name).split(maxsplit=1)
+    assert found == instruction_sets()[-1]
+    assert "BATCHNORM_ISA must be avx512bf16, avx512, avx2 or baseline" in said
+    assert f"received {name!r}" in said
+
+
+@pytest.mark.parametrize("name", ["", *instruction_sets()])
+def test_a_known_instruction_set_is_not_worth_a_word(name: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", "import batchnorm"],
+        env={**os.environ, "BATCHNORM_ISA": name},
+        capture_output=True,
+        check=False,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
+
+
+# ---- How many threads there are by default.
+
+
+needs_affinity = pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="this system has no affinity")
+
+
+@needs_affinity
+def test_by_default_there_are_as_many_threads_as_processors_that_the_process_may_use() -> None:
+    code = """
+        if len(sys.argv) > 1:
+            os.sched_setaffinity(0, {int(sys.argv[1])})
+        print(library.processors(), library.num_threads())
+    """
+    some = min(os.sched_getaffinity(0))
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    for arguments in ((), (str(some),)):
+        done = subprocess.run(
+            [sys.executable, "-c", PREAMBLE + textwrap.dedent(code), *arguments],
+            env=environment, cwd=ROOT, text=True, capture_output=True, check=True,
+        )  # fmt: skip
+        processors, threads = map(int, done.stdout.split())
+        assert processors == threads
+        assert processors <= (1 if arguments else len(os.sched_getaffinity(0)))
+    assert run(code, str(some), OMP_NUM_THREADS="3").split() == ["1", "3"]  # whoever asks, knows
+
+
+UNLIMITED = 10**6
+SECOND, FIRST = "sys/fs/cgroup", "sys/fs/cgroup/cpu"
+QUOTAS: dict[str, tuple[str, dict[str, str], float]] = {
+    "none": ("0::/a/b\n", {}, UNLIMITED),
+    "no groups at all": ("", {f"{SECOND}/cpu.max": "100 100\n"}, UNLIMITED),
+    "version 2": ("0::/a/b\n", {f"{SECOND}/a/b/cpu.max": "100000 100000\n"}, 1),
+    "version 2, a part of one": ("0::/a/b\n", {f"{SECOND}/a/b/cpu.max": "5000 100000\n"}, 1),
+    "version 2, one and a half": ("0::/a/b\n", {f"{SECOND}/a/b/cpu.max": "150000 100000\n"}, 2),
+    "version 2, unlimited": ("0::/a/b\n", {f"{SECOND}/a/b/cpu.max": "max 100000\n"}, UNLIMITED),
+    "version 2, above": (
+        "0::/a/b\n",
+        {f"{SECOND}/a/b/cpu.max": "max 100000\n", f"{SECOND}/a/cpu.max": "100000 100000\n"},
+        1,
+    ),
+    "version 2, in a container": ("0::/\n", {f"{SECOND}/cpu.max": "50000 50000\n"}, 1),
+    "version 2, another group": ("0::/a\n", {f"{SECOND}/b/cpu.max": "50000 50000\n"}, UNLIMITED),
+    "version 1": (
+        "5:memory:/m\n4:cpu,cpuacct:/a\n1:name=systemd:/s\n",
+        {f"{FIRST}/a/cpu.cfs_quota_us": "100000\n", f"{FIRST}/a/cpu.cfs_period_us": "100000\n"},
+        1,
+    ),
+    "version 1, unlimited": (
+        "4:cpu:/a\n",
+        {f"{FIRST}/a/cpu.cfs_quota_us": "-1\n", f"{FIRST}/a/cpu.cfs_period_us": "100000\n"},
+        UNLIMITED,
+    ),
+    "version 1, in a container": (
+        "4:cpuacct,cpu:/docker/123\n",
+        {f"{FIRST}/cpu.cfs_quota_us": "70000\n", f"{FIRST}/cpu.cfs_period_us": "100000\n"},
+        1,
+    ),
+    "version 1, sets of processors only": (
+        "4:cpuset:/a\n",
+        {f"{FIRST}/a/cpu.cfs_quota_us": "70000\n", f"{FIRST}/a/cpu.cfs_period_us": "100000\n"},
+        UNLIMITED,
+    ),
+    "nonsense": ("::\n4\nx:cpu:\n0::a\n", {f"{SECOND}/cpu.max": "many\n", f"{SECOND}/a/cpu.max": "7 0\n"}, UNLIMITED),
+}
+
+
+@needs_affinity
+@pytest.mark.parametrize("case", QUOTAS)
+def test_the_quota_of_a_control_group_limits_the_default(case: str, tmp_path: pathlib.Path) -> None:
+    groups, files, expected = QUOTAS[case]
+    for name, text in {"proc/self/cgroup": groups, **files}.items():
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    assert library.processors(str(tmp_path)) == min(expected, len(os.sched_getaffinity(0)))
+
+
+@linux
+def test_where_the_framework_s_threads_are_not_found_its_number_of_threads_is_kept_to_all_the_same() -> None:
+    code = """
+        library.use_openmp(0)
+        library.set_num_threads(1)
+        view = View(5_003, 1, 1, 17, 1)
+        x = drawn(view, TYPES[0], 0)
+        y, mean, variance = np.empty_like(x), *np.empty((2, 17), np.float32)
+        before = len(os.listdir("/proc/self/task"))
+        for threads in (1, 4):
+            kernel(view, x.dtype).forward_at(
+                threads=threads, x=x.ctypes.data, y=y.ctypes.data, mean=mean.ctypes.data, variance=variance.ctypes.data)
+            print(len(os.listdir("/proc/self/task")) - before)
+    """
+    assert run(code).split() == ["0", "3"]
+
+
+# ---- The end of a process.
+
+
+@pytest.mark.parametrize("attempt", range(3))
+def test_a_program_may_end_while_daemon_threads_are_in_a_kernel(attempt: int) -> None:
+    code = """
+        import time
+        library.set_num_threads(2)
+        jobs = [(View(200_000, 1, 1, 16, 1), 0), (View(50, 1, 1, 3, 1), 0)]
+
+        def forever(view):
+            x = drawn(view, TYPES[0], 0)
+            y, mean, variance = np.empty_like(x), *np.empty((2, view.features), np.float32)
+            call, addresses = kernel(view, x.dtype), dict(
+                threads=1, x=x.ctypes.data, y=y.ctypes.data, mean=mean.ctypes.data, variance=variance.ctypes.data)
+            while True:
+                call.forward(x=x, y=y, mean=mean, variance=variance)
+                call.forward_at(**addresses)
+
+        for view, _ in jobs * 2:
+            threading.Thread(target=forever, args=[view], daemon=True).start()
+        time.sleep(0.2)
+        print("done")
+    """
+    assert run(code).strip() == "done"
+
+
+# ---- Processes that fork, and memory that runs out.
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
 def test_a_forked_process_has_threads_of_its_own() -> None:
     code = """
@@ -176,7 +328,6 @@ def test_a_forked_process_has_threads_of_its_own() -> None:
     assert run(code).strip() == "done"
 
 
-linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits memory the way of Linux")
 LIMIT = """
     import resource
 

@@ -153,6 +153,12 @@ class Geometry:
             f"position; received shape {tuple(given)}."
         )
 
+    @staticmethod
+    def check_upstream(given: Sequence[int], shape: Sequence[int]) -> None:
+        """Raise unless a gradient dy of this shape belongs to an output of a shape."""
+        if tuple(given) != tuple(shape):
+            raise ValueError(f"dy must have the shape of the output, {tuple(shape)}; received shape {tuple(given)}.")
+
     def split(self, shape: Sequence[Any]) -> tuple[Any, ...]:
         """Turn the shape of an input into that of its view; a size that is not known yet is taken to divide."""
         if self.virtual_batch_size is None:

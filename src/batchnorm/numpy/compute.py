@@ -97,7 +97,7 @@ def train(
     kept = trained._replace(y=None)
 
     def gradient(dy: npt.ArrayLike) -> Gradients:
-        upstream = np.asarray(dy, Wide).reshape(x.shape)
+        upstream = _upstream(np.array(dy), x, Wide)  # of its own: an adjustment's gradient may be a view of it
         found = normalize.train_gradient(
             xp, upstream, kept, plan, epsilon, gamma=gamma, beta=beta, adjustment=adjustment
         )
@@ -140,7 +140,7 @@ def _train_cpu(
         )
 
     def gradient(dy: npt.ArrayLike) -> Gradients:
-        upstream = _raw(np.asarray(dy, x.dtype).reshape(x.shape))
+        upstream = _raw(_upstream(dy, x, x.dtype))
         dx = _output(raw)
         dfactor, doffset = (None if value is None else np.empty_like(value) for value in (factor, offset))
         kernels.backward(
@@ -181,7 +181,7 @@ def _infer_gradient(
     x: Array, plan: Geometry, epsilon: Any, mean: Array, variance: Array, gamma: Array | None, beta: Array | None,
     dy: npt.ArrayLike,
 ) -> Gradients:  # fmt: skip
-    upstream = np.asarray(dy, Wide).reshape(x.shape)
+    upstream = _upstream(dy, x, Wide)
     found = normalize.infer_gradient(
         xp, upstream, x.astype(Wide), plan, epsilon, mean, variance, gamma=gamma, beta=beta
     )
@@ -189,6 +189,13 @@ def _infer_gradient(
 
 
 # ---- Arrays.
+
+
+def _upstream(dy: npt.ArrayLike, x: Array, dtype: npt.DTypeLike) -> Array:
+    """What comes back to the output, in a type."""
+    upstream = np.asarray(dy, dtype)
+    Geometry.check_upstream(upstream.shape, x.shape)
+    return upstream
 
 
 def _gradients(found: normalize.Gradients, x: Array, gamma: Array | None, beta: Array | None) -> Gradients:

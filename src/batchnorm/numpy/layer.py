@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -167,7 +168,7 @@ class BatchNormalization:
         """Project γ and β by their constraints; call it after each step of an optimizer."""
         for name, project in self._constraints.items():
             if project is not None and name in self.variables:
-                self.variables[name] = np.asarray(project(self.variables[name]), self.variables[name].dtype)
+                self.variables[name] = np.array(project(self.variables[name]), self.variables[name].dtype)
 
     def build(self, shape: tuple[int | None, ...], dtype: npt.DTypeLike = np.float32) -> None:
         """Make the variables for inputs of a shape (None: any size) and type.
@@ -230,17 +231,22 @@ class BatchNormalization:
             TypeError: If the inputs are not floating-point numbers.
             ValueError: If they do not fit the layer, or do not divide into virtual batches in training.
         """
-        return self.vjp(inputs, training)[0]
+        return self._apply(np.asarray(inputs), training)[0]
 
     def vjp(self, inputs: npt.ArrayLike, training: bool = False) -> tuple[Array, Gradient]:
-        """Do what calling the layer does, and also return the function from Σ-gradients of y to `Gradients`.
+        """Do what calling the layer does, and also return the function from a gradient dy of y to `Gradients`.
+
+        It is of what went in, whatever becomes of `inputs` and of the variables, which are copied. It raises ValueError
+        for a dy that has not the shape of y.
 
         >>> layer = BatchNormalization()
         >>> y, gradient = layer.vjp(np.array([[1.0], [2.0], [6.0]]), training=True)
         >>> gradient([[0.0], [0.0], [1.0]]).beta
         array([1.])
         """
-        x = np.asarray(inputs)
+        return self._apply(np.array(inputs, order="C"), training, copied=True)
+
+    def _apply(self, x: Array, training: bool, copied: bool = False) -> tuple[Array, Gradient]:
         key = x.shape, x.dtype, bool(training)
         of = self._calls.get(key)
         if of is None:
@@ -255,11 +261,15 @@ class BatchNormalization:
             self.build(x.shape, x.dtype)
         self._calls[key] = of
         self.kernel = served.kernel
+        variables = {name: value.copy() for name, value in self.variables.items()} if copied else self.variables
         if not training:
-            return compute.infer(x, served, self.options.epsilon, self.variables)
-        y, moved, gradient = compute.train(x, served, self.options, self.variables, adjustment, self.trainable)
+            return compute.infer(x, served, self.options.epsilon, variables)
+        y, moved, gradient = compute.train(x, served, self.options, variables, adjustment, self.trainable)
         self.variables = self.variables | moved
         return y, gradient
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_calls": {}}  # kernels are made anew where they are needed
 
     def _call(self, shape: tuple[int, ...], dtype: np.dtype[Any], training: bool) -> compute.Call:
         _floating("inputs", dtype)
@@ -274,7 +284,7 @@ class BatchNormalization:
     def _adjust(self, shape: tuple[int, ...], plan: Geometry) -> tuple[Pair, bool]:
         """Ask for the adjustment of a batch, and tell whether it has one value for each feature."""
         assert self.options.adjustment is not None
-        scale, bias = (np.asarray(value, compute.Wide) for value in pair(self.options.adjustment(shape)))
+        scale, bias = (np.array(value, compute.Wide) for value in pair(self.options.adjustment(shape)))
         return (scale, bias), plan.check_adjustment((scale.shape, bias.shape), shape)
 
     def _initial(self, name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
@@ -310,10 +320,14 @@ def _initializer(name: str, initializer: Initializer) -> Callable[[tuple[int, ..
         if initializer not in known:
             raise ValueError(f"{name} must be a function, an array, 'zeros' or 'ones'; {received(initializer)}.")
         return known[initializer]
-    value = np.asarray(initializer)
+    value = np.array(initializer)
     if value.dtype.kind not in "fiu":
         raise TypeError(f"{name} must be a function, an array, 'zeros' or 'ones'; {received(initializer)}.")
-    return lambda shape, dtype: value
+    return functools.partial(_constant, value)
+
+
+def _constant(value: Array, shape: tuple[int, ...], dtype: Any) -> Array:
+    return value
 
 
 def _function(name: str, function: Any) -> Any:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import pathlib
 from typing import Any
 
 import tensorflow as tf
 from tensorflow.python.ops import control_flow_util  # nothing public tells whether XLA compiles what is traced
 
-import batchnorm
+from batchnorm import cpu
 from batchnorm.core import algebra, geometry, normalize
 from batchnorm.core.algebra import Moments
 from batchnorm.core.geometry import Geometry
@@ -23,12 +22,12 @@ __all__ = ["KERNEL", "forward", "on_cpu", "serves"]
 
 
 def _load() -> Any:
-    for folder in batchnorm.__path__:
-        path = pathlib.Path(folder) / "_tensorflow_ops.so"
-        if path.is_file():
-            operations = tf.load_op_library(str(path))
-            return operations if hasattr(operations, "batchnorm_forward") else None
-    return None
+    path = cpu.operations()
+    operations = None if path is None else tf.load_op_library(path)
+    if path is None or not hasattr(operations, "batchnorm_forward"):
+        return None
+    cpu.share_threads(path)
+    return operations
 
 
 _operations = _load()

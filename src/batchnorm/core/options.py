@@ -22,7 +22,9 @@ def _is_scalar_array(value: object) -> bool:
     """Tell whether `value` is a real scalar of some framework, whose value may not be known yet."""
     if not hasattr(value, "dtype") or not hasattr(value, "shape"):
         return False
-    if getattr(value.dtype, "kind", "f") not in "fiu":  # NumPy's kinds: floating, signed, unsigned
+    # NumPy's kinds: floating, signed, unsigned; other frameworks have but names.
+    name = str(value.dtype)
+    if getattr(value.dtype, "kind", "f") not in "fiu" or any(kind in name for kind in ("bool", "string", "complex")):
         return False
     try:
         return len(value.shape) == 0

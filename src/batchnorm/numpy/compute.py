@@ -14,7 +14,7 @@ from batchnorm import cpu
 from batchnorm.core import algebra, normalize, passes
 from batchnorm.core.algebra import Moments
 from batchnorm.core.geometry import Geometry, View
-from batchnorm.core.normalize import Pair, Renorm
+from batchnorm.core.normalize import Masked, Pair, Renorm
 from batchnorm.core.options import Options
 
 from . import namespace as xp
@@ -71,8 +71,9 @@ def call(plan: Geometry, options: Options, shape: tuple[int, ...], dtype: np.dty
 
 
 def train(
-    x: Array, of: Call, options: Options, variables: Variables, adjustment: Pair | None, move: bool
-) -> tuple[Array, dict[str, Array], Gradient]:
+    x: Array, of: Call, options: Options, variables: Variables, adjustment: Pair | None, weights: Array | None,
+    masked: Masked, move: bool,
+) -> tuple[Array, dict[str, Array], Gradient]:  # fmt: skip
     """Normalize by the batch.
 
     Returns:
@@ -85,22 +86,17 @@ def train(
     renorm = None
     if options.renorm:
         renorm = Renorm(variables["renorm_mean"], variables["renorm_stddev"], options.renorm_clipping)
-    trained = normalize.train(
-        xp, x.astype(Wide), plan, epsilon, gamma=gamma, beta=beta, adjustment=adjustment, renorm=renorm
-    )
-    moved = {}
-    if move:
-        mean, variance = (value.reshape(plan.parameter_shape) for value in trained.averaged[:2])
-        moments = Moments(mean, variance, plan.whole.count(x.shape))
-        averages = {name: value for name, value in variables.items() if name not in ("gamma", "beta")}
-        moved = algebra.step(xp, averages, moments, epsilon, rate=options.rate, renorm_rate=options.renorm_rate)
+    given: dict[str, Any] = {"gamma": gamma, "beta": beta, "adjustment": adjustment}
+    given |= {"weights": weights, "masked": masked}
+    with np.errstate(invalid="ignore"):  # of what weighs nothing, and may be anything
+        trained = normalize.train(xp, x.astype(Wide), plan, epsilon, renorm=renorm, **given)
+    moved = _move(algebra.reshaped(xp, trained.averaged, plan.parameter_shape), options, variables) if move else {}
     kept = trained._replace(y=None)
 
     def gradient(dy: npt.ArrayLike) -> Gradients:
         upstream = _upstream(np.array(dy), x, Wide)  # of its own: an adjustment's gradient may be a view of it
-        found = normalize.train_gradient(
-            xp, upstream, kept, plan, epsilon, gamma=gamma, beta=beta, adjustment=adjustment
-        )
+        with np.errstate(invalid="ignore"):
+            found = normalize.train_gradient(xp, upstream, kept, plan, epsilon, **given)
         return _gradients(found, x, gamma, beta)
 
     return trained.y.astype(x.dtype), moved, gradient
@@ -128,8 +124,11 @@ def _train_cpu(
         averages = {name: variables[name] for name in ("renorm_mean", "renorm_stddev")}
         renorm = {"r": r, "d": d, "rmin": rmin, "rmax": rmax, "dmax": dmax, **averages}
     kernels.forward(x=raw, y=y, mean=mean, variance=variance, factor=factor, offset=offset, **renorm)
-    moved = {}
-    if move:
+    moved: dict[str, Array] = {}
+    if move and options.skip_nonfinite:
+        averaged = normalize.average(xp, Moments(mean, variance, plan.whole.count(x.shape) / view.virtual_batches), 0)
+        moved = _move(algebra.reshaped(xp, averaged, plan.parameter_shape), options, variables)
+    elif move:
         moved = {name: value.copy() for name, value in variables.items() if name not in ("gamma", "beta")}
         kernels.move_averages(
             mean=mean,
@@ -157,10 +156,20 @@ def _train_cpu(
     return y.view(x.dtype), moved, gradient
 
 
+def _move(moments: Moments, options: Options, variables: Variables) -> dict[str, Array]:
+    averages = {name: value for name, value in variables.items() if name not in ("gamma", "beta")}
+    moves = algebra.finite(xp, moments) if options.skip_nonfinite else None
+    return algebra.step(
+        xp, averages, moments, options.epsilon, rate=options.rate, renorm_rate=options.renorm_rate, moves=moves
+    )
+
+
 # ---- Inference.
 
 
-def infer(x: Array, of: Call, epsilon: Any, variables: Variables) -> tuple[Array, Gradient]:
+def infer(
+    x: Array, of: Call, epsilon: Any, variables: Variables, weights: Array | None, masked: Masked
+) -> tuple[Array, Gradient]:
     """Normalize by the moving averages; also return the gradient."""
     plan, kernel, _, kernels = of
     mean, variance = variables["moving_mean"], variables["moving_variance"]
@@ -173,18 +182,20 @@ def infer(x: Array, of: Call, epsilon: Any, variables: Variables) -> tuple[Array
         kernels.normalize(x=raw, y=out, mean=mean, scale=affine.scale, offset=offset)
         y = out.view(x.dtype)
     else:
-        y = normalize.infer(xp, x.astype(Wide), plan, epsilon, mean, variance, gamma=gamma, beta=beta).astype(x.dtype)
-    return y, functools.partial(_infer_gradient, x, plan, epsilon, mean, variance, gamma, beta)
+        given: dict[str, Any] = {"gamma": gamma, "beta": beta, "weights": weights, "masked": masked}
+        with np.errstate(invalid="ignore"):  # of what weighs nothing, and may be anything
+            y = normalize.infer(xp, x.astype(Wide), plan, epsilon, mean, variance, **given).astype(x.dtype)
+    return y, functools.partial(_infer_gradient, x, plan, epsilon, mean, variance, gamma, beta, weights, masked)
 
 
 def _infer_gradient(
     x: Array, plan: Geometry, epsilon: Any, mean: Array, variance: Array, gamma: Array | None, beta: Array | None,
-    dy: npt.ArrayLike,
+    weights: Array | None, masked: Masked, dy: npt.ArrayLike,
 ) -> Gradients:  # fmt: skip
     upstream = _upstream(dy, x, Wide)
-    found = normalize.infer_gradient(
-        xp, upstream, x.astype(Wide), plan, epsilon, mean, variance, gamma=gamma, beta=beta
-    )
+    given: dict[str, Any] = {"gamma": gamma, "beta": beta, "weights": weights, "masked": masked}
+    with np.errstate(invalid="ignore"):
+        found = normalize.infer_gradient(xp, upstream, x.astype(Wide), plan, epsilon, mean, variance, **given)
     return _gradients(found, x, gamma, beta)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import typing
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -11,8 +12,8 @@ import numpy.typing as npt
 
 from batchnorm.core import algebra, geometry, passes, state
 from batchnorm.core.geometry import Geometry
-from batchnorm.core.normalize import Pair
-from batchnorm.core.options import Clipping, Options, flag, pair, received
+from batchnorm.core.normalize import Masked, Pair
+from batchnorm.core.options import Clipping, Options, flag, pair, received, small_number
 
 from . import compute
 from . import namespace as xp
@@ -52,8 +53,11 @@ class BatchNormalization:
         fused: None or True for the CPU kernels where they can serve, False for the composed path, which computes
             in float64 whatever the type, and is what everything else is tested against.
         trainable: Whether training updates the moving statistics.
-        virtual_batch_size: Samples in each virtual batch; sample i is in virtual batch i mod (N / size).
+        virtual_batch_size: Samples in each virtual batch, at most; of N samples, sample i is in virtual batch
+            i mod ⌈N / size⌉, so that their sizes differ by one at most.
         adjustment: Function of the input's shape to a pair (scale, bias), applied in training.
+        skip_nonfinite: Whether a feature whose m or v is not finite, in any virtual batch, keeps its averages.
+        masked: What stands where a mask lets nothing count: ``"zero"``, or ``"normalized"`` like the rest.
         name: Name of the layer.
         dtype: Type of the variables. By default that of the first input, float32 for 16-bit inputs.
 
@@ -98,11 +102,14 @@ class BatchNormalization:
         adjustment: Callable[[tuple[int, ...]], tuple[Any, Any]] | None = None,
         name: str = "batch_normalization",
         dtype: npt.DTypeLike | None = None,
+        *,
+        skip_nonfinite: bool = False,
+        masked: Masked = "zero",
     ) -> None:
         self.options = Options(
             axis=axis,
             decay=momentum,
-            epsilon=epsilon,
+            epsilon=float(small_number("epsilon", epsilon)),
             center=center,
             scale=scale,
             renorm=renorm,
@@ -111,7 +118,11 @@ class BatchNormalization:
             fused=fused,
             virtual_batch_size=virtual_batch_size,
             adjustment=adjustment,
+            skip_nonfinite=skip_nonfinite,
         )
+        if masked not in typing.get_args(Masked):
+            raise ValueError(f"masked must be one of {list(typing.get_args(Masked))}; {received(masked)}.")
+        self.masked = masked
         self._initializers = {
             "gamma": _initializer("gamma_initializer", gamma_initializer),
             "beta": _initializer("beta_initializer", beta_initializer),
@@ -168,7 +179,10 @@ class BatchNormalization:
         """Project γ and β by their constraints; call it after each step of an optimizer."""
         for name, project in self._constraints.items():
             if project is not None and name in self.variables:
-                self.variables[name] = np.array(project(self.variables[name]), self.variables[name].dtype)
+                projected = np.array(project(self.variables[name]), self.variables[name].dtype, order="C")
+                if self._geometry is not None:
+                    _check_shape(name, projected, self._geometry)
+                self.variables[name] = projected
 
     def build(self, shape: tuple[int | None, ...], dtype: npt.DTypeLike = np.float32) -> None:
         """Make the variables for inputs of a shape (None: any size) and type.
@@ -213,27 +227,34 @@ class BatchNormalization:
                 _check_shape(name, arrays[name], self._geometry)
         present = self.variables
         self.variables = {
-            name: np.array(arrays[name], present[name].dtype if self._geometry is not None else None)
+            name: np.array(arrays[name], present[name].dtype if self._geometry is not None else None, order="C")
             for name in expected
         }
 
-    def __call__(self, inputs: npt.ArrayLike, training: bool = False) -> Array:
+    def __call__(
+        self, inputs: npt.ArrayLike, training: bool = False, mask: npt.ArrayLike | None = None, update: bool = True
+    ) -> Array:
         """Normalize a batch; in training also move the statistics.
 
         Args:
             inputs: Array of floating-point numbers.
             training: True to normalize by the batch, False by the moving statistics.
+            mask: What counts, one value for each position: booleans, or weights that are not negative; of the inputs'
+                shape without the feature axes, or with size 1 on them. What weighs nothing is not looked at.
+            update: Whether training moves the statistics.
 
         Returns:
             Array of the shape and type of `inputs`.
 
         Raises:
             TypeError: If the inputs are not floating-point numbers.
-            ValueError: If they do not fit the layer, or do not divide into virtual batches in training.
+            ValueError: If they, or the mask, do not fit the layer.
         """
-        return self._apply(np.asarray(inputs), training)[0]
+        return self._apply(np.asarray(inputs), training, mask, update)[0]
 
-    def vjp(self, inputs: npt.ArrayLike, training: bool = False) -> tuple[Array, Gradient]:
+    def vjp(
+        self, inputs: npt.ArrayLike, training: bool = False, mask: npt.ArrayLike | None = None, update: bool = True
+    ) -> tuple[Array, Gradient]:
         """Do what calling the layer does, and also return the function from a gradient dy of y to `Gradients`.
 
         It is of what went in, whatever becomes of `inputs` and of the variables, which are copied. It raises ValueError
@@ -244,18 +265,23 @@ class BatchNormalization:
         >>> gradient([[0.0], [0.0], [1.0]]).beta
         array([1.])
         """
-        return self._apply(np.array(inputs, order="C"), training, copied=True)
+        return self._apply(np.array(inputs, order="C"), training, mask, update, copied=True)
 
-    def _apply(self, x: Array, training: bool, copied: bool = False) -> tuple[Array, Gradient]:
+    def _apply(
+        self, x: Array, training: bool, mask: npt.ArrayLike | None, update: bool, copied: bool = False
+    ) -> tuple[Array, Gradient]:
         key = x.shape, x.dtype, bool(training)
         of = self._calls.get(key)
         if of is None:
             of = self._call(*key)
-        served, adjustment = of, None
+        served, adjustment, weights = of, None, None
+        if mask is not None:
+            weights = _weights(np.asarray(mask), x.shape, of.plan)
+            served = served._replace(kernel=passes.COMPOSED)
         if training and self.options.adjustment is not None:
             adjustment, by_feature = self._adjust(x.shape, of.plan)
             if not by_feature:
-                served = of._replace(kernel=passes.COMPOSED)
+                served = served._replace(kernel=passes.COMPOSED)
         # Whatever can be wrong has been found before a variable is made.
         if self._geometry is None:
             self.build(x.shape, x.dtype)
@@ -263,8 +289,10 @@ class BatchNormalization:
         self.kernel = served.kernel
         variables = {name: value.copy() for name, value in self.variables.items()} if copied else self.variables
         if not training:
-            return compute.infer(x, served, self.options.epsilon, variables)
-        y, moved, gradient = compute.train(x, served, self.options, variables, adjustment, self.trainable)
+            return compute.infer(x, served, self.options.epsilon, variables, weights, self.masked)
+        y, moved, gradient = compute.train(
+            x, served, self.options, variables, adjustment, weights, self.masked, update and self.trainable
+        )
         self.variables = self.variables | moved
         return y, gradient
 
@@ -275,8 +303,6 @@ class BatchNormalization:
         _floating("inputs", dtype)
         plan = self._geometry or geometry.plan(shape, self._axis, self.options.virtual_batch_size)
         plan.check_input(shape)
-        if training:
-            plan.check_divides(shape[0])
         if len(self._calls) >= REMEMBERED:
             self._calls.clear()
         return compute.call(plan, self.options, shape, dtype, training)
@@ -284,7 +310,7 @@ class BatchNormalization:
     def _adjust(self, shape: tuple[int, ...], plan: Geometry) -> tuple[Pair, bool]:
         """Ask for the adjustment of a batch, and tell whether it has one value for each feature."""
         assert self.options.adjustment is not None
-        scale, bias = (np.array(value, compute.Wide) for value in pair(self.options.adjustment(shape)))
+        scale, bias = (np.array(value, compute.Wide, order="C") for value in pair(self.options.adjustment(shape)))
         return (scale, bias), plan.check_adjustment((scale.shape, bias.shape), shape)
 
     def _initial(self, name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
@@ -292,7 +318,7 @@ class BatchNormalization:
             stddev: Array = algebra.stddev(xp, self._initial("moving_variance", shape, dtype), 0)
             return stddev
         initial = self._initializers["moving_mean" if name == "renorm_mean" else name]
-        return np.array(np.broadcast_to(np.asarray(initial(shape, dtype), dtype), shape))
+        return np.array(np.broadcast_to(np.asarray(initial(shape, dtype), dtype), shape), order="C")
 
     @property
     def _axis(self) -> int | tuple[int, ...]:
@@ -305,10 +331,21 @@ def _check_shape(name: str, value: Array, plan: Geometry) -> None:
         raise ValueError(f"{name} must have shape {plan.parameter_shape}; received shape {value.shape}.")
 
 
+def _weights(mask: Array, shape: tuple[int, ...], plan: Geometry) -> Array:
+    """A mask as it broadcasts against inputs."""
+    if mask.dtype.kind not in "biuf":
+        raise TypeError(f"mask must hold booleans or real numbers; received {mask.dtype.name}.")
+    weights = mask.reshape(plan.mask_shape(mask.shape, shape))
+    if mask.dtype.kind != "b" and not ((mask >= 0) & np.isfinite(mask)).all():
+        raise ValueError("mask must hold finite numbers that are not negative; received others.")
+    return weights
+
+
 def _floating(name: str, dtype: np.dtype[Any]) -> np.dtype[Any]:
-    # NumPy does not count bfloat16, which other packages bring, among its own floating types.
-    if not (np.issubdtype(dtype, np.floating) or dtype.name == "bfloat16"):
-        raise TypeError(f"{name} must be of a floating-point type; received {dtype.name}.")
+    # NumPy does not count bfloat16, which other packages bring, among its own floating types. Nothing is computed in
+    # more than 64 bits.
+    if not ((np.issubdtype(dtype, np.floating) and dtype.itemsize <= 8) or dtype.name == "bfloat16"):
+        raise TypeError(f"{name} must be of a floating-point type of up to 64 bits; received {dtype.name}.")
     return dtype
 
 

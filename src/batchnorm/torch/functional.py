@@ -14,7 +14,7 @@ from batchnorm.core import normalize as core
 from batchnorm.core.algebra import Moments
 from batchnorm.core.geometry import Geometry
 from batchnorm.core.normalize import Renorm
-from batchnorm.core.options import Clipping, Options
+from batchnorm.core.options import Clipping, Options, received
 from batchnorm.core.options import weight as weight_of_new
 
 from . import autograd, checks, cpu, layout, operators
@@ -82,8 +82,8 @@ def batch_norm(
         renorm_stddev: Likewise of σ.
         renorm_clipping: Limits of renorm's correction, a mapping with any of the keys rmin, rmax and dmax.
         renorm_momentum: Weight of the new value in renorm's averages.
-        virtual_batch_size: Samples in each virtual batch of training, or None for the whole batch. Sample i is in
-            virtual batch i mod (N / virtual_batch_size).
+        virtual_batch_size: Samples in each virtual batch of training, at most, or None for the whole batch. Sample i is
+            in virtual batch i mod ⌈N / virtual_batch_size⌉.
         adjustment: Scale a and bias b that broadcast to the input, applied in training, or None.
         fused: None or True for the fastest kernel that can serve, False for PyTorch's composed operations.
         mask: What counts, one value for each position: booleans, or weights that are not negative; of the input's shape
@@ -95,8 +95,8 @@ def batch_norm(
 
     Raises:
         TypeError: For an argument of the wrong type.
-        ValueError: For a value out of range, shapes that do not fit, a batch that does not divide into virtual batches,
-            a single value for each feature in training, or options that exclude each other.
+        ValueError: For a value out of range, shapes that do not fit, a single value for each feature in training, or
+            options that exclude each other.
 
     Source: Ioffe and Szegedy (2015); Ioffe, Batch Renormalization (2017), algorithm 1.
 
@@ -109,6 +109,8 @@ def batch_norm(
         raise ValueError("renorm_mean and renorm_stddev must be given together.")
     if renorm_mean is not None and (running_mean is None or running_var is None):
         raise ValueError("renorm_mean must come with running_mean and running_var; received None for one of them.")
+    if torch.is_tensor(eps):
+        raise TypeError(f"eps must be a number; {received(eps)}.")
     weight_of_new("momentum", momentum)
     weight_of_new("renorm_momentum", renorm_momentum)
     options = Options(

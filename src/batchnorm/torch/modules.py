@@ -280,6 +280,8 @@ def checked(
     given: dict[str, Any], *, axis: int | tuple[int, ...], eps: Any, momentum: Any, track_running_stats: bool
 ) -> Options:
     """Check everything that a layer is asked for, before it has changed; a schedule of limits is left for later."""
+    if torch.is_tensor(eps):
+        raise TypeError(f"eps must be a number; {received(eps)}.")
     small_number("eps", eps)
     for name, value in (("momentum", momentum), ("renorm_momentum", given["renorm_momentum"])):
         if value is not None or name != "momentum":

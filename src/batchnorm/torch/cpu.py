@@ -60,12 +60,12 @@ class Static(NamedTuple):
 class Averages(NamedTuple):
     """What a training step moves besides renorm's own averages, and the weights of the new values.
 
-    The variance moves to `bessel` times the batch's.
+    The variance moves to the unbiased one, if asked for; with renorm to the biased one in any case.
     """
 
     running: tuple[Tensor | None, Tensor | None]
     momentum: float
-    bessel: float
+    unbiased: bool
     renorm_momentum: float
 
 
@@ -142,10 +142,10 @@ def forward(
             "r": r, "d": d, "rmin": rmin, "rmax": rmax, "dmax": dmax,
         }  # fmt: skip
     if averages is not None:
-        (running_mean, running_variance), momentum, bessel, renorm_momentum = averages
+        (running_mean, running_variance), momentum, unbiased, renorm_momentum = averages
         optional |= {
             "running_mean": _at("running_mean", running_mean), "running_variance": _at("running_var", running_variance),
-            "momentum": momentum, "bessel": bessel, "renorm_momentum": renorm_momentum,
+            "momentum": momentum, "unbiased": unbiased, "renorm_momentum": renorm_momentum,
         }  # fmt: skip
     kernel.forward_at(
         threads=torch.get_num_threads(), x=_at("x", x), y=_at("y", y), mean=mean, variance=variance,

@@ -196,7 +196,7 @@ def normalize(
             y, group_moments = operators.forward(x, factor, offset, renorm, static)
         else:
             if taken and not torch.is_tensor(momentum):
-                averages = Averages(running, momentum, algebra.bessel(count), renorm_momentum)
+                averages = Averages(running, momentum, True, renorm_momentum)
             old, limits = (None, None) if renorm is None else (renorm[:2], cpu.limits(renorm.clipping))
             y, group_moments = autograd.forward(x, weight, bias, adjustment, old, limits, static, plan, averages)
         y = layout.in_format(y, form)

@@ -309,7 +309,7 @@ def test_the_four_passes_are_those_of_the_step(
     check(centered, sums[2], near, sums[3] + 1)
     of.gradient_combine(x=raw(x), dy=raw(dy), dx=raw(dx), mean=m, a=a, b=b, c=c, **weighing.given)
     terms = up * by_row(a, view), w * distance * by_row(b, view), w * by_row(c, view)
-    check(dx, sum(terms), NEAR[dtype.name], sum(np.abs(term) for term in terms))  # type: ignore[arg-type]
+    check(dx, sum(terms), NEAR[dtype.name], sum(np.abs(term) for term in terms) + 1e-4)  # type: ignore[arg-type]
 
 
 @settings(max_examples=40)

@@ -9,23 +9,36 @@ namespace {
 constexpr int64_t BLOCK = 256;  // parameters that groups are added up for at a time, each group's as they lie in memory
 
 template <class T>
-void add(const char* from, double* __restrict sums, int64_t n) {
+void add(const char* from, double weight, double* __restrict sums, int64_t n) {
   for (int64_t c = 0; c < n; c++) {
     T value;  // which need not be aligned
     std::memcpy(&value, from + c * static_cast<int64_t>(sizeof(T)), sizeof(T));
-    sums[c] += static_cast<double>(value);
+    sums[c] += static_cast<double>(value) * weight;
   }
 }
 
-// The means over groups of n parameters from the i-th on.
-void average(const Values& of, const Averages& p, int64_t i, int64_t n, double* means) {
-  for (int64_t c = 0; c < n; c++) means[c] = 0;
-  for (int64_t g = 0; g < p.groups; g++) {
-    auto* from = static_cast<const char*>(of.at(g * p.parameters + i));
-    of.doubles ? add<double>(from, means, n) : add<float>(from, means, n);
+double count_of(const Averages& p, int64_t group) {
+  return p.count ? p.count.get(group) : static_cast<double>(p.view.group_rows(group) * p.view.inner);
+}
+
+// Bessel's correction for a group.
+double bessel(const Averages& p, int64_t group) {
+  double n = count_of(p, group);
+  if (p.count) {
+    double squares = p.square_count.get(group);
+    n = squares > 0 ? n * n / squares : 0;
   }
-  double share = p.groups ? 1 / static_cast<double>(p.groups) : 0;
-  for (int64_t c = 0; c < n; c++) means[c] *= share;
+  return n > 1 ? n / (n - 1) : 1;
+}
+
+// The means over virtual batches of n parameters from the i-th on, of `total` values in all.
+void average(const Values& of, const Averages& p, double total, bool unbiased, int64_t i, int64_t n, double* means) {
+  for (int64_t c = 0; c < n; c++) means[c] = 0;
+  for (int64_t g = 0; g < p.view.virtual_batches(); g++) {
+    auto* from = static_cast<const char*>(of.at(g * p.view.parameters() + i));
+    double weight = count_of(p, g) / total * (unbiased ? bessel(p, g) : 1);
+    of.doubles ? add<double>(from, weight, means, n) : add<float>(from, weight, means, n);
+  }
 }
 
 void move(const Values& average, int64_t i, double value, double weight) {
@@ -34,7 +47,7 @@ void move(const Values& average, int64_t i, double value, double weight) {
 
 void move_parameter(const Averages& p, int64_t i, double mean, double variance) {
   move(p.running_mean, i, mean, p.momentum);
-  if (!p.renorm_mean) return move(p.running_variance, i, variance * p.bessel, p.momentum);
+  if (!p.renorm_mean) return move(p.running_variance, i, variance, p.momentum);
   double sigma = std::sqrt(variance + p.epsilon);
   if (p.running_variance) {
     double stddev = p.running_stddev ? p.running_stddev.get(i) : std::sqrt(p.running_variance.get(i) + p.epsilon);
@@ -50,11 +63,15 @@ void move_parameter(const Averages& p, int64_t i, double mean, double variance) 
 }  // namespace
 
 void track(const Averages& p) {
-  for (int64_t i = 0; i < p.parameters; i += BLOCK) {
-    int64_t n = p.parameters - i < BLOCK ? p.parameters - i : BLOCK;
+  double total = 0;
+  for (int64_t g = 0; g < p.view.virtual_batches(); g++) total += count_of(p, g);
+  if (!(total > 0)) return;
+  bool unbiased = p.unbiased && !p.renorm_mean;
+  for (int64_t i = 0; i < p.view.parameters(); i += BLOCK) {
+    int64_t n = p.view.parameters() - i < BLOCK ? p.view.parameters() - i : BLOCK;
     double mean[BLOCK], variance[BLOCK];
-    average(p.mean, p, i, n, mean);
-    average(p.variance, p, i, n, variance);
+    average(p.mean, p, total, false, i, n, mean);
+    average(p.variance, p, total, unbiased, i, n, variance);
     for (int64_t c = 0; c < n; c++) move_parameter(p, i + c, mean[c], variance[c]);
   }
 }

@@ -2,7 +2,7 @@
 // in a cache.
 #pragma once
 
-#include "parts.hpp"
+#include "weights.hpp"
 
 namespace batchnorm {
 namespace {
@@ -21,8 +21,12 @@ class ChannelsFirst {
   static constexpr bool FEW_ROWS = false;  // whether groups may be of a few rows
 
   // `arrays` are read at once; with `waits` all groups of a part are measured before any is written.
-  ChannelsFirst(const View& view, int64_t arrays, bool waits)
-      : v(view), alone(v.size() < ALONE), features(v.features), past_(goes_past_caches<E>(v)) {
+  ChannelsFirst(const View& view, const Weights& weights, int64_t arrays, bool waits)
+      : v(view),
+        alone(v.size() < ALONE),
+        features(v.features),
+        positions_(view, weights),
+        past_(goes_past_caches<E>(v)) {
     block_ = features_at_once<E>(v, (waits ? v.rows : v.group_rows()) * arrays, STRETCH, alone);
     tasks = ceil_div(v.features, block_);
   }
@@ -41,12 +45,20 @@ class ChannelsFirst {
   template <class T>
   void spread(const Part&, T*) const {}
 
+  // Calls body(c, n, group) for n features from c on whose values are as many as those of one group.
+  template <class Body>
+  void each_count(const Part& part, int64_t group, Body&& body) const {
+    body(0, part.features(), group);
+  }
+
   // An origin near the data, by feature.
   void origin(const Arrays<E, 1>& x, int64_t group, const Part& part, Value* origin) const {
-    int64_t some = least<int64_t>(v.inner, WAYS * W);
+    int64_t row = 0, begin = 0, some = least<int64_t>(v.inner, WAYS * W), rows = v.group_rows(group);
+    if (positions_) some = first_kept(group, rows, row, begin);
     for (int64_t c = 0; c < part.features(); c++) {
       typename E::Vector sum = {}, squares = {};
-      if (part.rows()) sum_run<MomentsFormula, E>(x.at(place(group, 0, part.begin_feature + c)), some, 0, sum, squares);
+      if (row < rows)
+        sum_run<MomentsFormula, E>(x.at(place(group, row, part.begin_feature + c) + begin), some, 0, sum, squares);
       origin[c] = static_cast<Value>(total(sum) / static_cast<double>(some));
     }
   }
@@ -58,7 +70,8 @@ class ChannelsFirst {
   void sums(const Arrays<E, Formula::ARRAYS>& from, int64_t group, const Part& part, const Value* origin,
             double* firsts, double* seconds) const {
     using V = typename E::Vector;
-    int64_t width = part.features(), rows = part.rows(), bytes = v.inner * static_cast<int64_t>(sizeof(*from.in[0]));
+    int64_t width = part.features(), rows = v.group_rows(group);
+    int64_t bytes = v.inner * static_cast<int64_t>(sizeof(*from.in[0]));
     int64_t carried = most<int64_t>(1, least(ROWS, CARRIED / v.inner));  // rows
     int64_t burst = bytes < BURST ? ceil_div(BURST, bytes) : width;      // features
     Scratch scratch;
@@ -67,42 +80,143 @@ class ChannelsFirst {
     fill(second, width, V{});
     fill(firsts, width, 0.0);
     fill(seconds, width, 0.0);
-    auto add_run = [&](int64_t i, int64_t c, const Arrays<E, Formula::ARRAYS>& run) {
-      bool full = (i + 1) % carried == 0 || i + 1 == rows;
+    auto flush = [&](int64_t c) {
+      firsts[c] += total(first[c]);
+      seconds[c] += total(second[c]);
+      first[c] = second[c] = V{};
+    };
+    auto add_run = [&](bool full, int64_t c, const Arrays<E, Formula::ARRAYS>& run) {
       for (int64_t begin = 0; begin < v.inner; begin += CARRIED) {
         sum_run<Formula, E>(run.at(begin), least(CARRIED, v.inner - begin), origin[c], first[c], second[c]);
-        if (!full) continue;
-        firsts[c] += total(first[c]);
-        seconds[c] += total(second[c]);
-        first[c] = second[c] = V{};
+        if (full) flush(c);
       }
     };
-    for (int64_t begin = 0; begin < rows; begin += PLACES)
+    const bool reads_dropped = Formula::READS_DROPPED && !positions_.zeroed();
+    auto add_stretches = [&](bool full, int64_t c, const Arrays<E, Formula::ARRAYS>& run, const Row& row) {
+      each_stretch<Formula>(
+          run, row, CARRIED,
+          [&](const auto& at, int64_t n, auto formula) {
+            sum_run<decltype(formula), E>(at, n, origin[c], first[c], second[c]);
+            if (full) flush(c);
+          },
+          [&](const auto& at, int64_t n, auto formula) {
+            if (reads_dropped) sum_run<decltype(formula), E>(at, n, origin[c], first[c], second[c]);
+          });
+      if (full) flush(c);
+    };
+    Row weighed[PLACES];
+    for (Row& row : weighed)
+      if (positions_) row = Row(scratch, v.inner);
+    for (int64_t begin = 0; begin < rows; begin += PLACES) {
+      int64_t end = least(rows, begin + PLACES);
+      for (int64_t i = begin; positions_ && i < end; i++) weighed[i - begin].read(positions_, group, i, v.inner);
       for (int64_t c = 0; c < width; c += burst)
-        for (int64_t i = begin; i < least(rows, begin + PLACES); i++) {
+        for (int64_t i = begin; i < end; i++) {
           auto run = from.at(place(group, i, part.begin_feature + c));
-          for (int64_t k = c; k < least(width, c + burst); k++, run = run.at(v.inner)) add_run(i, k, run);
+          bool full = (i + 1) % carried == 0 || i + 1 == rows;
+          for (int64_t k = c; k < least(width, c + burst); k++, run = run.at(v.inner))
+            if (positions_ && !weighed[i - begin].plain())
+              add_stretches(full, k, run, weighed[i - begin]);
+            else
+              add_run(full, k, run);
         }
+    }
   }
 
   // Writes what the formula makes of a group's values; coefficients are spread.
   template <class Formula>
   void map(const Arrays<E, Formula::ARRAYS>& arrays, int64_t group, const Part& part,
            Value* const (&coefficients)[Formula::COEFFICIENTS]) const {
-    for (int64_t i = part.rows() - 1; i >= 0; i--) {  // backwards: the end is what the cache still has
+    const bool weighs = positions_ && (Formula::WEIGHS || positions_.zeroed());
+    Scratch scratch;
+    Row row;
+    if (weighs) row = Row(scratch, v.inner);
+    for (int64_t i = v.group_rows(group) - 1; i >= 0; i--) {  // backwards: the end is what the cache still has
       auto at = arrays.at(place(group, i, part.begin_feature));
+      if (weighs) row.read(positions_, group, i, v.inner);
       for (int64_t c = 0; c < part.features(); c++, at = at.at(v.inner)) {
         Value by[Formula::COEFFICIENTS];
         for (int k = 0; k < Formula::COEFFICIENTS; k++) by[k] = coefficients[k][c];
-        map_run<Formula, E>(at, v.inner, past_, by);
+        if (!weighs || row.plain()) {
+          map_run<Formula, E>(at, v.inner, past_, by);
+          continue;
+        }
+        auto write = [&](const auto& from, int64_t n, auto formula) {
+          map_run<decltype(formula), E>(from, n, past_, by);
+        };
+        each_stretch<Formula>(at, row, v.inner, write, [&](const auto& from, int64_t n, auto formula) {
+          if (positions_.zeroed())
+            std::memset(from.out, 0, static_cast<size_t>(n) * sizeof(*from.out));
+          else
+            write(from, n, formula);
+        });
       }
     }
     if (past_) fence();
   }
 
  private:
+  // What the positions of a row weigh, and in which stretches.
+  struct Row {
+    Stretch* stretches = nullptr;
+    Value* weights = nullptr;  // where a stretch is not of one kind
+    int64_t count = 0;
+    Row() = default;
+    Row(Scratch& scratch, int64_t inner)
+        : stretches(scratch.take<Stretch>(ceil_div(inner, BLOCK))), weights(scratch.take<Value>(inner)) {}
+
+    void read(const Positions& positions, int64_t group, int64_t i, int64_t inner) {
+      int64_t begin = positions.at(group, i);
+      count = positions.stretches(begin, inner, stretches);
+      for (int64_t k = 0; k < count; k++)
+        if (stretches[k].kind != Kind::plain)
+          positions.read(begin + stretches[k].begin, stretches[k].end - stretches[k].begin,
+                         weights + stretches[k].begin);
+    }
+    bool plain() const { return count == 1 && stretches[0].kind == Kind::plain; }
+  };
+
+  // Calls body(from, n, formula) for the stretches of a run that weigh anything, of at most `longest` values, and
+  // dropped for the others.
+  template <class Formula, class Body, class Dropped>
+  void each_stretch(const Arrays<E, Formula::ARRAYS>& run, const Row& row, int64_t longest, Body&& body,
+                    Dropped&& dropped) const {
+    using WithWeights = typename Formula::WithWeights;
+    for (int64_t k = 0; k < row.count; k++) {
+      const Stretch& stretch = row.stretches[k];
+      for (int64_t begin = stretch.begin; begin < stretch.end; begin += longest) {
+        int64_t n = least(longest, stretch.end - begin);
+        if (stretch.kind == Kind::plain) {
+          body(run.at(begin), n, Formula{});
+          continue;
+        }
+        Weighted<E, Formula::ARRAYS> from{run.at(begin), row.weights + begin, true, positions_.zeroed()};
+        if (stretch.kind == Kind::weighted)
+          body(from, n, WithWeights{});
+        else
+          dropped(from, n, WithWeights{});
+      }
+    }
+  }
+
+  // The first values of a group that weigh anything, side by side: how many, at most WAYS·W, in which row, from where.
+  int64_t first_kept(int64_t group, int64_t rows, int64_t& row, int64_t& begin) const {
+    for (row = 0; row < rows; row++) {
+      int64_t at = positions_.at(group, row);
+      for (begin = 0; begin < v.inner; begin++) {
+        if (begin % BLOCK == 0)
+          while (begin + BLOCK <= v.inner && positions_.kind(at + begin, BLOCK) == Kind::dropped) begin += BLOCK;
+        int64_t n = 0;
+        while (n < least<int64_t>(v.inner - begin, WAYS * W) && positions_.kind(at + begin + n) != Kind::dropped) n++;
+        if (n > 0) return n;
+      }
+    }
+    return 1;
+  }
+
   int64_t place(int64_t group, int64_t i, int64_t c) const { return (row_of(v, group, i) * v.features + c) * v.inner; }
 
+  const Positions positions_;
   bool past_;
   int64_t block_;
 };

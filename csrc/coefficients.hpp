@@ -41,9 +41,9 @@ void read_or(double absent, const Values& from, int64_t i, int64_t n, double* to
 
 // Mean and variance from the sums of distances from an origin, and of their squares.
 template <class Value>
-void moments_about(int64_t n, int64_t count, const Value* origin, const double* sum, const double* squares,
+void moments_about(int64_t n, double count, const Value* origin, const double* sum, const double* squares,
                    double* __restrict mean, double* __restrict variance) {
-  double inverse = count ? 1 / static_cast<double>(count) : 0;
+  double inverse = count > 0 ? 1 / count : 0;
   for (int64_t c = 0; c < n; c++) {
     double delta = sum[c] * inverse, square = squares[c] * inverse - delta * delta;
     mean[c] = static_cast<double>(origin[c]) + delta;
@@ -66,19 +66,22 @@ void correction(const Forward& p, int64_t i, int64_t n, const double* mean, cons
   }
 }
 
-// The same from the means of the groups' moments, [groups][features], where these share parameters.
-void shared_correction(const Forward& p, int64_t begin, int64_t n, const double* means, const double* variances) {
-  double mean[FEATURES], variance[FEATURES];
-  double share = 1 / static_cast<double>(most<int64_t>(p.view.groups, 1));
+// The same from the means of the groups' moments, [groups][features], where these share parameters; `counts` says of
+// how many values each group's are.
+template <class Counts>
+void shared_correction(const Forward& p, const Counts& counts, int64_t begin, int64_t n, const double* means,
+                       const double* variances) {
+  double mean[FEATURES], variance[FEATURES], total = 0;
+  for (int64_t g = 0; g < p.view.groups; g++) total += counts(g);
   for (int64_t c0 = begin; c0 < begin + n; c0 += FEATURES) {
     int64_t width = least(FEATURES, begin + n - c0);
     for (int64_t c = 0; c < width; c++) mean[c] = variance[c] = 0;
     for (int64_t g = 0; g < p.view.groups; g++) {
       const double *group_mean = means + g * p.view.features + c0,
                    *group_variance = variances + g * p.view.features + c0;
-      for (int64_t c = 0; c < width; c++) mean[c] += group_mean[c], variance[c] += group_variance[c];
+      double share = counts(g) / (total > 0 ? total : 1);
+      for (int64_t c = 0; c < width; c++) mean[c] += group_mean[c] * share, variance[c] += group_variance[c] * share;
     }
-    for (int64_t c = 0; c < width; c++) mean[c] *= share, variance[c] *= share;
     correction(p, c0, width, mean, variance);
   }
 }
@@ -132,10 +135,10 @@ void combined(const Backward& p, int64_t i, int64_t n, double* factor) {
 // dx = a·dy + b·(x − m) + c, of n features with `count` values each. Adds the sums of dy and of dy·(x − m)/σ to
 // dy_total and normalized_total.
 template <class Value>
-void gradient_coefficients(int64_t n, int64_t count, double epsilon, const double* factor, const Value* variance,
+void gradient_coefficients(int64_t n, double count, double epsilon, const double* factor, const Value* variance,
                            const double* sum, const double* centered, Value* __restrict a, Value* __restrict b,
                            Value* __restrict c, double* __restrict dy_total, double* __restrict normalized_total) {
-  double share = 1 / static_cast<double>(most<int64_t>(count, 1));
+  double share = 1 / (count > 0 ? count : 1);
   for (int64_t i = 0; i < n; i++) {
     double inverse = 1 / root(static_cast<double>(variance[i]) + epsilon), k = factor[i] * inverse;
     a[i] = static_cast<Value>(k);

@@ -21,15 +21,19 @@ class Columns {
   using Value = typename E::Value;
   static constexpr bool WHOLE = false, FEW_ROWS = false;
 
-  static bool serves(const View& view) {
+  static bool serves(const View& view, const Weights& weights) {
+    if (weights) return false;
     if (view.inner > 1) return view.inner < 2 * W;
     if (view.groups == 1 || (view.span == 1 && view.group_rows() <= FEW && view.features >= 2 * W)) return false;
     return view.span * view.features * static_cast<int64_t>(sizeof(typename E::Stored)) <= SHORT;
   }
 
-  Columns(const View& view, int64_t arrays, bool waits)
+  Columns(const View& view, const Weights&, int64_t arrays, bool waits)
       : alone(view.size() < ALONE), all_groups(view.inner > 1), v(view), past_(goes_past_caches<E>(view)) {
-    if (!all_groups) v = {view.rows / (view.groups * view.span), 1, 1, view.groups, view.span * view.features};
+    if (!all_groups) {
+      v = {view.rows / (view.groups * view.span), 1, 1, view.groups, view.span * view.features};
+      more_ = view.rows / view.span % view.groups;
+    }
     numbers_ = all_groups ? 1 : view.features;
     features = v.features * numbers_;
     block_ = features_at_once<E>(v, (waits && all_groups ? v.rows : v.group_rows()) * arrays, COLUMNS_STRETCH, alone);
@@ -60,13 +64,22 @@ class Columns {
     }
   }
 
+  template <class Body>
+  void each_count(const Part& part, int64_t group, Body&& body) const {
+    if (all_groups) return body(0, part.features(), group);
+    int64_t first = part.begin_feature / numbers_,
+            more = most<int64_t>(0, least(part.features(), more_ * numbers_ - part.begin_feature));
+    if (more > 0) body(0, more, first);
+    if (more < part.features()) body(more, part.features() - more, first + more / numbers_);
+  }
+
   void origin(const Arrays<E, 1>& x, int64_t group, const Part& part, Value* origin) const {
     Scratch scratch;
     double *sums = scratch.take<double>(columns(part)), *squares = scratch.take<double>(columns(part));
-    int64_t some = least(part.rows(), FIRST);
+    int64_t some = least(v.group_rows(group), FIRST);
     fill(sums, columns(part), 0.0);
-    rows<1>(x, group, part, some, [&](const Arrays<E, 1>* at, int64_t n) {
-      sum_few_rows<MomentsFormula, E>(at, n, columns(part), nullptr, sums, squares);
+    rows<1>(x, group, part, some, [&](const Arrays<E, 1>* at, int64_t n, int64_t width) {
+      sum_few_rows<MomentsFormula, E>(at, n, width, nullptr, sums, squares);
     });
     fold(part, sums);
     double share = 1 / static_cast<double>(most<int64_t>(some * (v.inner / numbers_), 1));
@@ -78,8 +91,8 @@ class Columns {
             double* firsts, double* seconds) const {
     fill(firsts, columns(part), 0.0);
     fill(seconds, columns(part), 0.0);
-    rows<Formula::ARRAYS>(from, group, part, part.rows(), [&](const Arrays<E, Formula::ARRAYS>* at, int64_t n) {
-      sum_rows<Formula, E>(at, n, columns(part), origin, firsts, seconds);
+    all_rows<Formula::ARRAYS>(from, group, part, [&](const Arrays<E, Formula::ARRAYS>* at, int64_t n, int64_t width) {
+      sum_rows<Formula, E>(at, n, width, origin, firsts, seconds);
     });
     fold(part, firsts);
     fold(part, seconds);
@@ -88,8 +101,8 @@ class Columns {
   template <class Formula>
   void map(const Arrays<E, Formula::ARRAYS>& arrays, int64_t group, const Part& part,
            Value* const (&coefficients)[Formula::COEFFICIENTS]) const {
-    rows<Formula::ARRAYS>(arrays, group, part, part.rows(), [&](const Arrays<E, Formula::ARRAYS>* at, int64_t n) {
-      map_rows<Formula, E>(at, n, columns(part), past_, coefficients);
+    all_rows<Formula::ARRAYS>(arrays, group, part, [&](const Arrays<E, Formula::ARRAYS>* at, int64_t n, int64_t width) {
+      map_rows<Formula, E>(at, n, width, past_, coefficients);
     });
     if (past_) fence();
   }
@@ -108,17 +121,29 @@ class Columns {
   // Calls body with up to ROWS of the first `count` rows at a time.
   template <int N, class Body>
   void rows(const Arrays<E, N>& arrays, int64_t group, const Part& part, int64_t count, Body&& body) const {
-    int64_t block = part.begin_feature / numbers_;
     for (int64_t begin = 0; begin < count; begin += ROWS) {
       Arrays<E, N> at[ROWS];
       int64_t n = least(ROWS, count - begin);
-      for (int64_t i = 0; i < n; i++) at[i] = arrays.at((row_of(v, group, begin + i) * v.features + block) * v.inner);
-      body(at, n);
+      for (int64_t i = 0; i < n; i++) at[i] = row(arrays, group, part, begin + i);
+      body(at, n, columns(part));
     }
   }
+  // The same with all rows, of which the last has only the first blocks where some groups have more.
+  template <int N, class Body>
+  void all_rows(const Arrays<E, N>& arrays, int64_t group, const Part& part, Body&& body) const {
+    rows<N>(arrays, group, part, v.group_rows(group), body);
+    int64_t more = least(columns(part), (more_ - part.begin_feature / numbers_) * v.inner);
+    if (more <= 0) return;
+    Arrays<E, N> last = row(arrays, group, part, v.rows);
+    body(&last, 1, more);
+  }
+  template <int N>
+  Arrays<E, N> row(const Arrays<E, N>& arrays, int64_t group, const Part& part, int64_t i) const {
+    return arrays.at((row_of(v, group, i) * v.features + part.begin_feature / numbers_) * v.inner);
+  }
 
-  View v;  // with blocks for features
-  int64_t numbers_, block_;
+  View v;                               // with blocks for features
+  int64_t numbers_, block_, more_ = 0;  // the last: groups that have more samples than the others
   bool past_;
 };
 

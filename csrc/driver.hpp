@@ -50,9 +50,9 @@ Arrays<E, N> arrays_of(const void* const (&in)[N], void* out) {
 // Of one group's features of a part.
 template <class Layout>
 void measure(const Layout& layout, const Arrays<typename Layout::Element, 1>& x, int64_t group, const Part& part,
-             int64_t count, double* mean, double* variance) {
+             const Counts& counts, double* mean, double* variance) {
   if constexpr (Layout::FEW_ROWS)
-    if (layout.few_rows()) return layout.few_rows_moments(x, group, part, mean, variance);
+    if (layout.few_rows(group)) return layout.few_rows_moments(x, group, part, mean, variance);
   Scratch scratch;
   auto* origin = scratch.take<typename Layout::Value>(layout.columns(part));
   Numbers<double, 2> sums(scratch, layout.columns(part));
@@ -62,7 +62,9 @@ void measure(const Layout& layout, const Arrays<typename Layout::Element, 1>& x,
   std::memcpy(center, origin, static_cast<size_t>(part.features()) * sizeof(*origin));
   layout.spread(part, center);
   layout.template sums<MomentsFormula>(x, group, part, center, sums.of[0], sums.of[1]);
-  moments_about(part.features(), count, origin, sums.of[0], sums.of[1], mean, variance);
+  layout.each_count(part, group, [&](int64_t c, int64_t n, int64_t counted) {
+    moments_about(n, counts(counted), origin + c, sums.of[0] + c, sums.of[1] + c, mean + c, variance + c);
+  });
 }
 
 // The sums of the pieces of a whole batch; each has a row of its own.
@@ -83,21 +85,24 @@ void measure_whole(const Layout& layout, const Arrays<typename Layout::Element, 
   Scratch scratch;
   Pieces<Layout> pieces(scratch, layout);
   Value* origins = scratch.take<Value>(layout.tasks * pieces.stride);
+  double* counts = scratch.take<double>(layout.tasks);
   each_part(layout, [&](const Part& part, int64_t j) {
     Value* origin = origins + j * pieces.stride;
+    counts[j] = layout.count(part);
     layout.origin(x, 0, part, origin);
     layout.spread(part, origin);
     layout.template sums<MomentsFormula>(x, 0, part, origin, pieces.firsts + j * pieces.stride,
                                          pieces.seconds + j * pieces.stride);
   });
-  double inverse = layout.v.rows ? 1 / static_cast<double>(layout.v.rows) : 0;
+  double inverse = 0;
+  for (int64_t j = 0; j < layout.tasks; j++) inverse += counts[j];
+  inverse = inverse > 0 ? 1 / inverse : 0;
   each_feature(layout.features, layout.alone, [&](int64_t c0, int64_t n) {
     double mean[FEATURES], variance[FEATURES];
     fill(mean, n, 0.0);
     fill(variance, n, 0.0);
     auto each_piece = [&](auto&& add) {
-      for (int64_t j = 0; j < layout.tasks; j++)
-        add(static_cast<double>(layout.part(j).rows()), j * pieces.stride + c0);
+      for (int64_t j = 0; j < layout.tasks; j++) add(counts[j], j * pieces.stride + c0);
     };
     each_piece([&](double count, int64_t at) {
       for (int64_t c = 0; c < n; c++) mean[c] += pieces.firsts[at + c] + count * static_cast<double>(origins[at + c]);
@@ -146,8 +151,11 @@ void run(const Forward& p) {
   using Value = typename E::Value;
   const View& v = p.view;
   const bool renorm = static_cast<bool>(p.renorm_mean), waits = renorm && !v.grouped_parameters && v.groups > 1;
-  const Layout layout(v, 1, waits);
+  const Layout layout(v, p.weights, 1, waits);
   const auto arrays = arrays_of<E, 1>({p.x}, p.y);
+  Scratch call;
+  const Counts counts(call, v, p.weights);
+  counts.write(p.count, p.square_count);
   will_write(p.y, v.bytes(p.type));
 
   if constexpr (Layout::WHOLE) {
@@ -180,7 +188,6 @@ void run(const Forward& p) {
       for (Value* values : by) layout.spread(part, values);
       layout.template map<NormalizeFormula>(arrays, g, part, by);
     };
-    Scratch call;
     Numbers<double, 2> kept(call, waits ? v.statistics() : 0);  // of all groups, as exact as they were measured
     each_part(layout, [&](const Part& part, int64_t) {
       Scratch scratch;
@@ -190,7 +197,7 @@ void run(const Forward& p) {
       for (int64_t g = part.begin_group; g < part.end_group; g++) {
         int64_t i = g * layout.features + c;
         double *mean = waits ? kept.of[0] + i : own.of[0], *variance = waits ? kept.of[1] + i : own.of[1];
-        measure(layout, arrays, g, part, v.count(), mean, variance);
+        measure(layout, arrays, g, part, counts, mean, variance);
         write(p.mean, i, n, mean);
         write(p.variance, i, n, variance);
         if (waits) continue;
@@ -199,14 +206,14 @@ void run(const Forward& p) {
         finish(part, g, local, mean, variance);
       }
       if (!waits || !layout.all_groups) return;
-      shared_correction(p, c, n, kept.of[0], kept.of[1]);
+      shared_correction(p, counts, c, n, kept.of[0], kept.of[1]);
       combined(p, c, n, local.factor, local.offset);
       for (int64_t g = v.groups - 1; g >= 0; g--)
         finish(part, g, local, kept.of[0] + g * v.features + c, kept.of[1] + g * v.features + c);
     });
     if (!waits || layout.all_groups) return;
     each_feature(v.features, layout.alone,
-                 [&](int64_t c, int64_t n) { shared_correction(p, c, n, kept.of[0], kept.of[1]); });
+                 [&](int64_t c, int64_t n) { shared_correction(p, counts, c, n, kept.of[0], kept.of[1]); });
     each_part_backwards(layout, [&](const Part& part) {
       Scratch scratch;
       Local local(scratch, layout, part);
@@ -224,9 +231,10 @@ void run(const Backward& p) {
   using E = typename Layout::Element;
   using Value = typename E::Value;
   const View& v = p.view;
-  const Layout layout(v, 2, false);
+  const Layout layout(v, p.weights, 2, false);
   const auto arrays = arrays_of<E, 2>({p.x, p.dy}, p.dx);
   Scratch call;
+  const Counts counts(call, v, p.weights, p.count);
   will_write(p.dx, v.bytes(p.type));
 
   if constexpr (Layout::WHOLE) {
@@ -240,7 +248,7 @@ void run(const Backward& p) {
       fill(normalized_total, n, 0.0);
       read(p.variance, c, n, variance);
       combined(p, c, n, factor);
-      gradient_coefficients(n, v.count(), p.epsilon, factor, variance, sum, centered, by.of[1] + c, by.of[2] + c,
+      gradient_coefficients(n, counts(0), p.epsilon, factor, variance, sum, centered, by.of[1] + c, by.of[2] + c,
                             by.of[3] + c, dy_total, normalized_total);
       parameter_gradients(p, c, n, dy_total, normalized_total);
     });
@@ -266,8 +274,10 @@ void run(const Backward& p) {
         read(p.variance, i, n, variance);
         layout.spread(part, by.of[0]);
         layout.template sums<GradientSumsFormula>(arrays, g, part, by.of[0], sums.of[0], sums.of[1]);
-        gradient_coefficients(n, v.count(), p.epsilon, factor, variance, sums.of[0], sums.of[1], by.of[1], by.of[2],
-                              by.of[3], totals.of[0], totals.of[1]);
+        layout.each_count(part, g, [&](int64_t k, int64_t m, int64_t counted) {
+          gradient_coefficients(m, counts(counted), p.epsilon, factor + k, variance + k, sums.of[0] + k, sums.of[1] + k,
+                                by.of[1] + k, by.of[2] + k, by.of[3] + k, totals.of[0] + k, totals.of[1] + k);
+        });
         for (int k = 1; k < 4; k++) layout.spread(part, by.of[k]);
         layout.template map<GradientCombineFormula>(arrays, g, part, by.of);
         if (!v.grouped_parameters) continue;
@@ -301,7 +311,7 @@ void run(const Backward& p) {
 template <class Layout>
 void run(const Moments& p) {
   using E = typename Layout::Element;
-  const Layout layout(p.view, 1, false);
+  const Layout layout(p.view, p.weights, 1, false);
   const auto x = arrays_of<E, 1>({p.x}, nullptr);
   auto take = [&](int64_t i, int64_t n, const double* mean, const double* variance) {
     write(p.mean, i, n, mean);
@@ -309,22 +319,25 @@ void run(const Moments& p) {
   };
   if constexpr (Layout::WHOLE)
     measure_whole(layout, x, take);
-  else
+  else {
+    Scratch call;
+    const Counts counts(call, p.view, p.weights);
     each_part(layout, [&](const Part& part, int64_t) {
       Scratch scratch;
       Numbers<double, 2> found(scratch, part.features());
       for (int64_t g = part.begin_group; g < part.end_group; g++) {
-        measure(layout, x, g, part, p.view.count(), found.of[0], found.of[1]);
+        measure(layout, x, g, part, counts, found.of[0], found.of[1]);
         take(g * layout.features + part.begin_feature, part.features(), found.of[0], found.of[1]);
       }
     });
+  }
 }
 
 template <class Layout>
 void run(const GradientSums& p) {
   using E = typename Layout::Element;
   using Value = typename E::Value;
-  const Layout layout(p.view, 2, false);
+  const Layout layout(p.view, p.weights, 2, false);
   const auto x_dy = arrays_of<E, 2>({p.x, p.dy}, nullptr);
   auto take = [&](int64_t i, int64_t n, const double* sum, const double* centered) {
     write(p.dy_sum, i, n, sum);
@@ -353,10 +366,10 @@ void run(const GradientSums& p) {
 
 // Writes what a formula makes of every value, with coefficients that are given.
 template <class Formula, class Layout>
-void map(const View& v, const Arrays<typename Layout::Element, Formula::ARRAYS>& arrays,
+void map(const View& v, const Weights& weights, const Arrays<typename Layout::Element, Formula::ARRAYS>& arrays,
          const Values* const (&coefficients)[Formula::COEFFICIENTS]) {
   using Value = typename Layout::Value;
-  const Layout layout(v, Formula::ARRAYS, false);
+  const Layout layout(v, weights, Formula::ARRAYS, false);
   each_part(layout, [&](const Part& part, int64_t) {
     Scratch scratch;
     Numbers<Value, Formula::COEFFICIENTS> by(scratch, layout.columns(part));
@@ -373,14 +386,14 @@ void map(const View& v, const Arrays<typename Layout::Element, Formula::ARRAYS>&
 template <class Layout>
 void run(const Normalize& p) {
   will_write(p.y, p.view.bytes(p.type));
-  map<NormalizeFormula, Layout>(p.view, arrays_of<typename Layout::Element, 1>({p.x}, p.y),
+  map<NormalizeFormula, Layout>(p.view, p.weights, arrays_of<typename Layout::Element, 1>({p.x}, p.y),
                                 {&p.mean, &p.scale, &p.offset});
 }
 
 template <class Layout>
 void run(const GradientCombine& p) {
   will_write(p.dx, p.view.bytes(p.type));
-  map<GradientCombineFormula, Layout>(p.view, arrays_of<typename Layout::Element, 2>({p.x, p.dy}, p.dx),
+  map<GradientCombineFormula, Layout>(p.view, p.weights, arrays_of<typename Layout::Element, 2>({p.x, p.dy}, p.dx),
                                       {&p.mean, &p.a, &p.b, &p.c});
 }
 

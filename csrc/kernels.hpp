@@ -2,8 +2,9 @@
 // renorm: whatever else a layer has is folded into `factor` and `offset`.
 //
 // An array is seen as x[rows][features][inner]; row r belongs to group (r / span) % groups. Features last is inner = 1;
-// a whole batch is groups = 1. Arithmetic on single values is in float (in double for arrays of double), sums are
-// carried in double beyond short runs.
+// a whole batch is groups = 1; where groups do not divide the samples (rows / span), the first have one more.
+// Arithmetic on single values is in float (in double for arrays of double), sums are carried in double beyond short
+// runs.
 #pragma once
 
 #include <cstdint>
@@ -13,7 +14,9 @@ namespace batchnorm {
 
 enum class Type : int { float32, float64, float16, bfloat16 };
 
-inline int64_t size_of(Type type) { return type == Type::float64 ? 8 : type == Type::float32 ? 4 : 2; }
+[[gnu::always_inline]] inline int64_t size_of(Type type) {
+  return type == Type::float64 ? 8 : type == Type::float32 ? 4 : 2;
+}
 
 struct View {
   int64_t rows, groups, span, features, inner;
@@ -21,12 +24,20 @@ struct View {
   // lie behind.
   bool grouped_parameters = false;
 
-  int64_t size() const { return rows * features * inner; }
-  int64_t bytes(Type type) const { return size() * size_of(type); }
-  int64_t statistics() const { return groups * features; }
-  int64_t parameters() const { return grouped_parameters ? groups * features : features; }
-  int64_t group_rows() const { return groups ? rows / groups : 0; }
-  int64_t count() const { return group_rows() * inner; }  // of values that a mean is of
+  // Inlined always, as the functions of Values below.
+  [[gnu::always_inline]] int64_t size() const { return rows * features * inner; }
+  [[gnu::always_inline]] int64_t bytes(Type type) const { return size() * size_of(type); }
+  [[gnu::always_inline]] int64_t statistics() const { return groups * features; }
+  [[gnu::always_inline]] int64_t parameters() const { return grouped_parameters ? groups * features : features; }
+  [[gnu::always_inline]] int64_t virtual_batches() const { return grouped_parameters ? 1 : groups; }
+  [[gnu::always_inline]] int64_t group_rows(int64_t group = 0) const {  // the first have the most
+    if (groups < 1 || span < 1) return 0;
+    int64_t samples = rows / span;
+    return (samples / groups + (group < samples % groups)) * span;
+  }
+  [[gnu::always_inline]] bool uneven() const { return group_rows(groups - 1) != group_rows(); }
+  // What weights are for.
+  [[gnu::always_inline]] int64_t positions() const { return (grouped_parameters ? group_rows() : rows) * inner; }
 };
 
 // An array of float or double, whatever the type of x; null stands for an absent one. Its functions are inlined always,
@@ -55,6 +66,17 @@ struct Values {
   }
 };
 
+// How much each position counts, [rows][inner], or [rows of a group][inner] where groups have parameters of their own;
+// null stands for 1 everywhere. What is not above 0 counts nothing, and is never read into a sum.
+struct Weights {
+  enum Kind : int { bytes, floats, doubles };
+  const void* data = nullptr;
+  Kind kind = bytes;    // of bytes all but 0 are 1
+  bool zeroed = false;  // whether what counts nothing becomes 0 in y and dx, and is not read in dy
+
+  explicit operator bool() const { return data != nullptr; }
+};
+
 // y = (r·(x − m)/σ + d)·factor + offset, σ = sqrt(v + epsilon), with the moments m and v of each group. With renorm and
 // parameters that groups share, r and d come from the means of the moments over the groups.
 struct Forward {
@@ -68,6 +90,8 @@ struct Forward {
   double rmin, rmax, dmax;
   Values mean, variance;  // out: [groups][features]
   Values r, d;            // out with renorm, else absent: [parameters]
+  Weights weights{};
+  Values count{}, square_count{};  // out, or absent: sums of weights and of their squares, [virtual batches]
 };
 
 // dfactor is the sum of dy·(r·(x − m)/σ + d), doffset that of dy. dx may lie where dy does, and nowhere else among what
@@ -81,6 +105,8 @@ struct Backward {
   Values mean, variance;    // of the forward pass: [groups][features]
   Values factor, r, d;      // [parameters], or absent
   Values dfactor, doffset;  // out: [parameters], or absent
+  Weights weights{};
+  Values count{};  // with weights that of the forward pass, else absent
 };
 
 // The four passes by themselves, with statistics and coefficients [groups][features].
@@ -89,6 +115,7 @@ struct Moments {
   View view;
   const void* x;
   Values mean, variance;  // out
+  Weights weights{};
 };
 struct Normalize {  // y = scale·(x − mean) + offset
   Type type;
@@ -96,30 +123,36 @@ struct Normalize {  // y = scale·(x − mean) + offset
   const void* x;
   void* y;
   Values mean, scale, offset;
+  Weights weights{};
 };
-struct GradientSums {  // of dy, and of dy·(x − mean)
+struct GradientSums {  // of dy, and of dy·(x − mean), where x − mean is 0 for what counts nothing
   Type type;
   View view;
   const void *x, *dy;
   Values mean;
   Values dy_sum, dy_centered_sum;  // out
+  Weights weights{};
 };
-struct GradientCombine {  // dx = a·dy + b·(x − mean) + c; dx may lie where dy does
+struct GradientCombine {  // dx = a·dy + w·(b·(x − mean) + c); dx may lie where dy does
   Type type;
   View view;
   const void *x, *dy;
   void* dx;
   Values mean, a, b, c;
+  Weights weights{};
 };
 
 // The step of the moving averages after a forward pass, each moved by its weight of the new value: to the groups' mean
-// of the means, and to that of the variances times `bessel`. With renorm its averages move to the mean and to sigma,
-// and the running variance is that of a standard deviation that moves to sigma: the one given, or else its own.
+// of the means and of the variances, by their counts. With renorm its averages move to the mean and to sigma, and the
+// running variance is that of a standard deviation that moves to sigma: the one given, or else its own. Where there is
+// nothing, nothing moves.
 struct Averages {
-  int64_t parameters, groups;
-  Values mean, variance;                                  // of the forward pass
+  View view;
+  Values mean, variance;       // of the forward pass
+  Values count, square_count;  // of the forward pass with weights, else absent
+  bool unbiased;  // whether the running variance moves to n/(n − 1) of each group's, n = count²/square_count
   Values running_mean, running_variance, running_stddev;  // in and out, or absent
-  double momentum, bessel, epsilon;
+  double momentum, epsilon;
   Values renorm_mean, renorm_stddev;  // in and out, or absent
   double renorm_momentum;
 };

@@ -32,8 +32,8 @@ V everything(V v) {
 
 // Adds the formula's terms to the elements of two sums.
 template <class Formula, class E>
-void sum_run(const Arrays<E, Formula::ARRAYS>& from, int64_t n, typename E::Value origin, typename E::Vector& first,
-             typename E::Vector& second) {
+void sum_run(const typename Formula::template From<E>& from, int64_t n, typename E::Value origin,
+             typename E::Vector& first, typename E::Vector& second) {
   using L = VectorLanes<E>;
   using V = typename E::Vector;
   if (n < W) {
@@ -61,7 +61,7 @@ void sum_run(const Arrays<E, Formula::ARRAYS>& from, int64_t n, typename E::Valu
 
 // Stores what the formula makes of each value, which may lie where it is stored.
 template <class Formula, class E>
-void map_run(const Arrays<E, Formula::ARRAYS>& arrays, int64_t n, bool past,
+void map_run(const typename Formula::template From<E>& arrays, int64_t n, bool past,
              const typename E::Value (&coefficients)[Formula::COEFFICIENTS]) {
   using V = typename E::Vector;
   constexpr int64_t UNIT = most<int64_t>(W, PER_LINE<E>);
@@ -125,8 +125,8 @@ void add_to(double* sums, V v) {
 
 // Adds the formula's terms to `firsts` and `seconds`, by column.
 template <class Formula, class E>
-void sum_rows(const Arrays<E, Formula::ARRAYS>* rows, int64_t n, int64_t columns, const typename E::Value* origin,
-              double* firsts, double* seconds) {
+[[gnu::noinline]] void sum_rows(const typename Formula::template From<E>* rows, int64_t n, int64_t columns,
+                                const typename E::Value* origin, double* firsts, double* seconds) {
   using L = VectorLanes<E>;
   using V = typename E::Vector;
   using Value = typename E::Value;
@@ -136,7 +136,8 @@ void sum_rows(const Arrays<E, Formula::ARRAYS>* rows, int64_t n, int64_t columns
     int64_t width = least(TILE, vectors - tile);
     for (int64_t c = 0; c < width; c++) first[c] = second[c] = 0;
     abreast<4>(n, [&](int64_t i, auto count) {
-      Arrays<E, Formula::ARRAYS> at[count.value];  // copied, for a compiler must take a store for one to the pointers
+      typename Formula::template From<E>
+          at[count.value];  // copied, for a compiler must take a store for one to the pointers
       for (int64_t k = 0; k < count.value; k++) at[k] = rows[i + k];
       for (int64_t c = 0; c < width; c += W) {
         V s = load_bits<V>(first + c), t = load_bits<V>(second + c), center = L::values(origin + tile + c);
@@ -184,8 +185,8 @@ void by_column(int64_t columns, Body&& body) {
 }
 
 template <class Formula, class L, class E, class V, int K>
-void sum_columns(const Arrays<E, Formula::ARRAYS>* rows, int64_t n, int64_t c, const V (&origin)[K], V (&first)[K],
-                 V (&second)[K]) {
+void sum_columns(const typename Formula::template From<E>* rows, int64_t n, int64_t c, const V (&origin)[K],
+                 V (&first)[K], V (&second)[K]) {
   constexpr int64_t LANES = sizeof(V) / sizeof(typename E::Value);
   for (int k = 0; k < K; k++) first[k] = second[k] = V{};
   for (int64_t i = 0; i < n; i++)
@@ -195,8 +196,8 @@ void sum_columns(const Arrays<E, Formula::ARRAYS>* rows, int64_t n, int64_t c, c
 
 // Sets `firsts` and `seconds` to the formula's sums over a few rows. Where there is no origin it is 0.
 template <class Formula, class E>
-void sum_few_rows(const Arrays<E, Formula::ARRAYS>* rows, int64_t n, int64_t columns, const typename E::Value* origin,
-                  double* firsts, double* seconds) {
+void sum_few_rows(const typename Formula::template From<E>* rows, int64_t n, int64_t columns,
+                  const typename E::Value* origin, double* firsts, double* seconds) {
   by_column<E>(columns, [&](int64_t c, auto lanes, auto vectors) {
     using L = decltype(lanes);
     using V = typename L::V;
@@ -233,8 +234,8 @@ void few_rows_moments(const Arrays<E, 1>* rows, int64_t n, int64_t columns, doub
 
 // Stores what the formula makes of each value, with coefficients by column, as map_run.
 template <class Formula, class E>
-void map_rows(const Arrays<E, Formula::ARRAYS>* rows, int64_t n, int64_t columns, bool past,
-              typename E::Value* const (&coefficients)[Formula::COEFFICIENTS]) {
+[[gnu::noinline]] void map_rows(const typename Formula::template From<E>* rows, int64_t n, int64_t columns, bool past,
+                                typename E::Value* const (&coefficients)[Formula::COEFFICIENTS]) {
   constexpr int K = Formula::COEFFICIENTS;
   using V = typename E::Vector;
   const typename E::Value* all[K];
@@ -258,7 +259,7 @@ void map_rows(const Arrays<E, Formula::ARRAYS>* rows, int64_t n, int64_t columns
   };
   bool left = columns % W > 0;
   abreast<2>(n, [&](int64_t i, auto count) {
-    Arrays<E, Formula::ARRAYS> at[count.value];
+    typename Formula::template From<E> at[count.value];
     V last[count.value] = {};
     bool lines = past && columns % PER_LINE<E> == 0;
     for (int64_t k = 0; k < count.value; k++) {

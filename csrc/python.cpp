@@ -73,7 +73,10 @@ struct Kernel {
     if (rows < 0 || groups < 1 || span < 1 || features < 1 || inner < 1)
       refuse("a view must have rows >= 0, and groups, span, features and inner >= 1");
     if (!countable(view)) refuse("a view must have fewer than 2**57 values and statistics");
-    if (rows % groups || (rows / groups) % span) refuse("rows must be a multiple of groups * span");
+    if (rows % span) refuse("rows must be a multiple of span");
+    if (rows > 0 && rows / span < groups) refuse("rows must be at least groups * span");
+    if (grouped_parameters && view.uneven())
+      refuse("rows must be a multiple of groups * span for groups of parameters");
     if (!(epsilon >= 0) || std::isinf(epsilon)) refuse("epsilon must be finite and at least 0");
   }
 
@@ -112,6 +115,22 @@ class Checked {
   }
   Values numbers(const std::optional<In>& array, int64_t count, const char* name) {
     return array ? numbers(*array, count, name) : Values{};
+  }
+  Weights weights(const std::optional<In>& mask, const std::optional<In>& weights, bool zeroed) {
+    if (!mask && !weights) {
+      if (zeroed) refuse("zeroed goes with mask or weights");
+      return {};
+    }
+    if (mask && weights) refuse("mask and weights exclude each other");
+    if (weights) {
+      Values found = numbers(*weights, kernel_.view.positions(), "weights");
+      return {found.data, found.doubles ? Weights::doubles : Weights::floats, zeroed};
+    }
+    if (mask->dtype() != nb::dtype<bool>() && mask->dtype() != nb::dtype<uint8_t>())
+      refuse_type("mask must be bool or uint8");
+    size(mask->size(), kernel_.view.positions(), "mask");
+    note(extent(*mask));
+    return {mask->data(), Weights::bytes, zeroed};
   }
   Values written_numbers(const Out& array, int64_t count, const char* name) {
     size(array.size(), count, name);
@@ -192,7 +211,8 @@ void call(void (*operation)(const Operation&), const Operation& p) {
 void forward(const Kernel& kernel, const In& x, const Out& y, const Out& mean, const Out& variance,
              const std::optional<In>& factor, const std::optional<In>& offset, const std::optional<In>& renorm_mean,
              const std::optional<In>& renorm_stddev, const std::optional<Out>& r, const std::optional<Out>& d,
-             double rmin, double rmax, double dmax) {
+             double rmin, double rmax, double dmax, const std::optional<In>& mask, const std::optional<In>& weights,
+             bool zeroed, const std::optional<Out>& count, const std::optional<Out>& square_count) {
   bool renorm = renorm_mean.has_value();
   if (renorm_stddev.has_value() != renorm || r.has_value() != renorm || d.has_value() != renorm)
     refuse("renorm_mean, renorm_stddev, r and d must be given together");
@@ -208,21 +228,23 @@ void forward(const Kernel& kernel, const In& x, const Out& y, const Out& mean, c
   p.rmin = rmin;
   p.rmax = rmax;
   p.dmax = dmax;
+  p.weights = checked.weights(mask, weights, zeroed);
   p.y = checked.written_values(y, "y");
   p.mean = checked.written_numbers(mean, statistics, "mean");
   p.variance = checked.written_numbers(variance, statistics, "variance");
+  p.count = checked.written_numbers(count, kernel.view.virtual_batches(), "count");
+  p.square_count = checked.written_numbers(square_count, kernel.view.virtual_batches(), "square_count");
   p.r = checked.written_numbers(r, parameters, "r");
   p.d = checked.written_numbers(d, parameters, "d");
   call(kernels().forward, p);
 }
 
 // What averages move after a forward pass, but for where they lie.
-Averages averages_of(const Kernel& kernel, double momentum, double bessel, double renorm_momentum) {
+Averages averages_of(const Kernel& kernel, double momentum, bool unbiased, double renorm_momentum) {
   Averages averages{};
-  averages.parameters = kernel.view.parameters();
-  averages.groups = kernel.view.grouped_parameters ? 1 : kernel.view.groups;
+  averages.view = kernel.view;
   averages.momentum = momentum;
-  averages.bessel = bessel;
+  averages.unbiased = unbiased;
   averages.epsilon = kernel.epsilon;
   averages.renorm_momentum = renorm_momentum;
   return averages;
@@ -231,15 +253,19 @@ Averages averages_of(const Kernel& kernel, double momentum, double bessel, doubl
 void move_averages(const Kernel& kernel, const In& mean, const In& variance, const std::optional<Out>& running_mean,
                    const std::optional<Out>& running_variance, const std::optional<Out>& running_stddev,
                    const std::optional<Out>& renorm_mean, const std::optional<Out>& renorm_stddev, double momentum,
-                   double bessel, double renorm_momentum) {
+                   bool unbiased, double renorm_momentum, const std::optional<In>& count,
+                   const std::optional<In>& square_count) {
+  if (count.has_value() != square_count.has_value()) refuse("count and square_count go together");
   if (renorm_mean.has_value() != renorm_stddev.has_value()) refuse("renorm_mean and renorm_stddev go together");
   if (running_stddev && !(renorm_mean && running_variance))
     refuse("running_stddev goes with renorm_mean, renorm_stddev and running_variance");
   int64_t parameters = kernel.view.parameters(), statistics = kernel.view.statistics();
   Checked checked(kernel);
-  Averages averages = averages_of(kernel, momentum, bessel, renorm_momentum);
+  Averages averages = averages_of(kernel, momentum, unbiased, renorm_momentum);
   averages.mean = checked.numbers(mean, statistics, "mean");
   averages.variance = checked.numbers(variance, statistics, "variance");
+  averages.count = checked.numbers(count, kernel.view.virtual_batches(), "count");
+  averages.square_count = checked.numbers(square_count, kernel.view.virtual_batches(), "square_count");
   averages.running_mean = checked.written_numbers(running_mean, parameters, "running_mean");
   averages.running_variance = checked.written_numbers(running_variance, parameters, "running_variance");
   averages.running_stddev = checked.written_numbers(running_stddev, parameters, "running_stddev");
@@ -250,7 +276,8 @@ void move_averages(const Kernel& kernel, const In& mean, const In& variance, con
 
 void backward(const Kernel& kernel, const In& x, const In& dy, const Out& dx, const In& mean, const In& variance,
               const std::optional<In>& factor, const std::optional<In>& r, const std::optional<In>& d,
-              const std::optional<Out>& dfactor, const std::optional<Out>& doffset) {
+              const std::optional<Out>& dfactor, const std::optional<Out>& doffset, const std::optional<In>& mask,
+              const std::optional<In>& weights, bool zeroed, const std::optional<In>& count) {
   if (r.has_value() != d.has_value()) refuse("r and d must be given together");
   int64_t parameters = kernel.view.parameters(), statistics = kernel.view.statistics();
   Checked checked(kernel);
@@ -263,25 +290,32 @@ void backward(const Kernel& kernel, const In& x, const In& dy, const Out& dx, co
   p.factor = checked.numbers(factor, parameters, "factor");
   p.r = checked.numbers(r, parameters, "r");
   p.d = checked.numbers(d, parameters, "d");
+  p.weights = checked.weights(mask, weights, zeroed);
+  if (count.has_value() != static_cast<bool>(p.weights)) refuse("count goes with mask or weights");
+  p.count = checked.numbers(count, kernel.view.virtual_batches(), "count");
   p.dx = checked.written_values(dx, "dx");
   p.dfactor = checked.written_numbers(dfactor, parameters, "dfactor");
   p.doffset = checked.written_numbers(doffset, parameters, "doffset");
   call(kernels().backward, p);
 }
 
-void moments(const Kernel& kernel, const In& x, const Out& mean, const Out& variance) {
+void moments(const Kernel& kernel, const In& x, const Out& mean, const Out& variance, const std::optional<In>& mask,
+             const std::optional<In>& weights) {
   Checked checked(kernel);
   auto p = kernel.operation<Moments>();
   p.x = checked.values(x, "x");
+  p.weights = checked.weights(mask, weights, false);
   p.mean = checked.written_numbers(mean, kernel.view.statistics(), "mean");
   p.variance = checked.written_numbers(variance, kernel.view.statistics(), "variance");
   call(kernels().moments, p);
 }
 
-void normalize(const Kernel& kernel, const In& x, const Out& y, const In& mean, const In& scale, const In& offset) {
+void normalize(const Kernel& kernel, const In& x, const Out& y, const In& mean, const In& scale, const In& offset,
+               const std::optional<In>& mask, const std::optional<In>& weights, bool zeroed) {
   Checked checked(kernel);
   auto p = kernel.operation<Normalize>();
   p.x = checked.values(x, "x");
+  p.weights = checked.weights(mask, weights, zeroed);
   p.mean = checked.numbers(mean, kernel.view.statistics(), "mean");
   p.scale = checked.numbers(scale, kernel.view.statistics(), "scale");
   p.offset = checked.numbers(offset, kernel.view.statistics(), "offset");
@@ -290,10 +324,12 @@ void normalize(const Kernel& kernel, const In& x, const Out& y, const In& mean, 
 }
 
 void gradient_sums(const Kernel& kernel, const In& x, const In& dy, const In& mean, const Out& dy_sum,
-                   const Out& dy_centered_sum) {
+                   const Out& dy_centered_sum, const std::optional<In>& mask, const std::optional<In>& weights,
+                   bool zeroed) {
   Checked checked(kernel);
   auto p = kernel.operation<GradientSums>();
   p.x = checked.values(x, "x");
+  p.weights = checked.weights(mask, weights, zeroed);
   p.dy = checked.values(dy, "dy");
   p.mean = checked.numbers(mean, kernel.view.statistics(), "mean");
   p.dy_sum = checked.written_numbers(dy_sum, kernel.view.statistics(), "dy_sum");
@@ -302,10 +338,12 @@ void gradient_sums(const Kernel& kernel, const In& x, const In& dy, const In& me
 }
 
 void gradient_combine(const Kernel& kernel, const In& x, const In& dy, const Out& dx, const In& mean, const In& a,
-                      const In& b, const In& c) {
+                      const In& b, const In& c, const std::optional<In>& mask, const std::optional<In>& weights,
+                      bool zeroed) {
   Checked checked(kernel);
   auto p = kernel.operation<GradientCombine>();
   p.x = checked.values(x, "x");
+  p.weights = checked.weights(mask, weights, zeroed);
   p.dy = checked.values(dy, "dy");
   p.mean = checked.numbers(mean, kernel.view.statistics(), "mean");
   p.a = checked.numbers(a, kernel.view.statistics(), "a");
@@ -323,6 +361,13 @@ void* address(uintptr_t value, bool needed, const char* name) {
   return reinterpret_cast<void*>(value);
 }
 
+Weights weights_at(const Kernel& kernel, uintptr_t mask, uintptr_t weights, bool zeroed) {
+  if (mask && weights) refuse("mask and weights exclude each other");
+  if (zeroed && !mask && !weights) refuse("zeroed goes with mask or weights");
+  auto kind = mask ? Weights::bytes : kernel.doubles() ? Weights::doubles : Weights::floats;
+  return {reinterpret_cast<const void*>(mask ? mask : weights), kind, zeroed};
+}
+
 Team team_of(int64_t threads) {
   if (threads < 1) refuse("threads must be at least 1; received " + std::to_string(threads));
   return Team(openmp, static_cast<int>(threads < INT_MAX ? threads : INT_MAX));
@@ -331,7 +376,8 @@ Team team_of(int64_t threads) {
 void forward_at(const Kernel& kernel, int64_t threads, uintptr_t x, uintptr_t y, uintptr_t mean, uintptr_t variance,
                 uintptr_t factor, uintptr_t offset, uintptr_t renorm_mean, uintptr_t renorm_stddev, uintptr_t r,
                 uintptr_t d, double rmin, double rmax, double dmax, uintptr_t running_mean, uintptr_t running_variance,
-                double momentum, double bessel, double renorm_momentum) {
+                double momentum, bool unbiased, double renorm_momentum, uintptr_t mask, uintptr_t weights, bool zeroed,
+                uintptr_t count, uintptr_t square_count) {
   auto numbers = [&](uintptr_t value, bool needed, const char* name) {
     return Values{address(value, needed, name), kernel.doubles()};
   };
@@ -351,9 +397,13 @@ void forward_at(const Kernel& kernel, int64_t threads, uintptr_t x, uintptr_t y,
   p.rmin = rmin;
   p.rmax = rmax;
   p.dmax = dmax;
-  Averages averages = averages_of(kernel, momentum, bessel, renorm_momentum);
+  Averages averages = averages_of(kernel, momentum, unbiased, renorm_momentum);
+  p.weights = weights_at(kernel, mask, weights, zeroed);
+  bool weighed = static_cast<bool>(p.weights);
   averages.mean = p.mean;
   averages.variance = p.variance;
+  averages.count = p.count = numbers(count, weighed, "count");
+  averages.square_count = p.square_count = numbers(square_count, weighed, "square_count");
   averages.running_mean = numbers(running_mean, false, "running_mean");
   averages.running_variance = numbers(running_variance, false, "running_variance");
   averages.renorm_mean = p.renorm_mean;
@@ -365,7 +415,8 @@ void forward_at(const Kernel& kernel, int64_t threads, uintptr_t x, uintptr_t y,
 }
 
 void backward_at(const Kernel& kernel, int64_t threads, uintptr_t x, uintptr_t dy, uintptr_t dx, uintptr_t mean,
-                 uintptr_t variance, uintptr_t factor, uintptr_t r, uintptr_t d, uintptr_t dfactor, uintptr_t doffset) {
+                 uintptr_t variance, uintptr_t factor, uintptr_t r, uintptr_t d, uintptr_t dfactor, uintptr_t doffset,
+                 uintptr_t mask, uintptr_t weights, bool zeroed, uintptr_t count) {
   auto numbers = [&](uintptr_t value, bool needed, const char* name) {
     return Values{address(value, needed, name), kernel.doubles()};
   };
@@ -382,6 +433,8 @@ void backward_at(const Kernel& kernel, int64_t threads, uintptr_t x, uintptr_t d
   p.d = numbers(d, renorm, "d");
   p.dfactor = numbers(dfactor, false, "dfactor");
   p.doffset = numbers(doffset, false, "doffset");
+  p.weights = weights_at(kernel, mask, weights, zeroed);
+  p.count = numbers(count, static_cast<bool>(p.weights), "count");
   Team team = team_of(threads);
   call(kernels().backward, p);
 }
@@ -422,27 +475,35 @@ NB_MODULE(_cpu, m) {
       .def_prop_ro("size", [](const Kernel& k) { return k.view.size(); })
       .def_prop_ro("parameters", [](const Kernel& k) { return k.view.parameters(); })
       .def_prop_ro("statistics", [](const Kernel& k) { return k.view.statistics(); })
+      .def_prop_ro("positions", [](const Kernel& k) { return k.view.positions(); })
+      .def_prop_ro("virtual_batches", [](const Kernel& k) { return k.view.virtual_batches(); })
       .def("forward", &forward, nb::kw_only(), array("x"), array("y"), array("mean"), array("variance"),
            optional("factor"), optional("offset"), optional("renorm_mean"), optional("renorm_stddev"), optional("r"),
-           optional("d"), arg("rmin") = -INFINITE, arg("rmax") = INFINITE, arg("dmax") = INFINITE)
+           optional("d"), arg("rmin") = -INFINITE, arg("rmax") = INFINITE, arg("dmax") = INFINITE, optional("mask"),
+           optional("weights"), arg("zeroed") = false, optional("count"), optional("square_count"))
       .def("move_averages", &move_averages, nb::kw_only(), array("mean"), array("variance"), optional("running_mean"),
            optional("running_variance"), optional("running_stddev"), optional("renorm_mean"), optional("renorm_stddev"),
-           arg("momentum"), arg("bessel") = 1.0, arg("renorm_momentum") = 0.0)
+           arg("momentum"), arg("unbiased") = false, arg("renorm_momentum") = 0.0, optional("count"),
+           optional("square_count"))
       .def("backward", &backward, nb::kw_only(), array("x"), array("dy"), array("dx"), array("mean"), array("variance"),
-           optional("factor"), optional("r"), optional("d"), optional("dfactor"), optional("doffset"))
-      .def("moments", &moments, nb::kw_only(), array("x"), array("mean"), array("variance"))
+           optional("factor"), optional("r"), optional("d"), optional("dfactor"), optional("doffset"), optional("mask"),
+           optional("weights"), arg("zeroed") = false, optional("count"))
+      .def("moments", &moments, nb::kw_only(), array("x"), array("mean"), array("variance"), optional("mask"),
+           optional("weights"))
       .def("normalize", &normalize, nb::kw_only(), array("x"), array("y"), array("mean"), array("scale"),
-           array("offset"))
+           array("offset"), optional("mask"), optional("weights"), arg("zeroed") = false)
       .def("gradient_sums", &gradient_sums, nb::kw_only(), array("x"), array("dy"), array("mean"), array("dy_sum"),
-           array("dy_centered_sum"))
+           array("dy_centered_sum"), optional("mask"), optional("weights"), arg("zeroed") = false)
       .def("gradient_combine", &gradient_combine, nb::kw_only(), array("x"), array("dy"), array("dx"), array("mean"),
-           array("a"), array("b"), array("c"))
+           array("a"), array("b"), array("c"), optional("mask"), optional("weights"), arg("zeroed") = false)
       .def("forward_at", &forward_at, nb::kw_only(), arg("threads"), arg("x"), arg("y"), arg("mean"), arg("variance"),
            absent("factor"), absent("offset"), absent("renorm_mean"), absent("renorm_stddev"), absent("r"), absent("d"),
            arg("rmin") = -INFINITE, arg("rmax") = INFINITE, arg("dmax") = INFINITE, absent("running_mean"),
-           absent("running_variance"), arg("momentum") = 0.0, arg("bessel") = 1.0, arg("renorm_momentum") = 0.0)
+           absent("running_variance"), arg("momentum") = 0.0, arg("unbiased") = false, arg("renorm_momentum") = 0.0,
+           absent("mask"), absent("weights"), arg("zeroed") = false, absent("count"), absent("square_count"))
       .def("backward_at", &backward_at, nb::kw_only(), arg("threads"), arg("x"), arg("dy"), arg("dx"), arg("mean"),
-           arg("variance"), absent("factor"), absent("r"), absent("d"), absent("dfactor"), absent("doffset"));
+           arg("variance"), absent("factor"), absent("r"), absent("d"), absent("dfactor"), absent("doffset"),
+           absent("mask"), absent("weights"), arg("zeroed") = false, absent("count"));
 
   m.def("instruction_set", [] { return std::string(kernels().name); });
   m.def("num_threads", &num_threads);

@@ -7,7 +7,10 @@
 #include <cstring>
 
 #ifdef __SSE2__
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wuninitialized"  // GCC's own headers name registers that they write whole
 #include <immintrin.h>
+#pragma GCC diagnostic pop
 #endif
 
 #ifndef BATCHNORM_VECTOR_BYTES

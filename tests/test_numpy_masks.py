@@ -85,6 +85,7 @@ def test_steps_gradients_and_inference_are_those_of_loops(
         expected = oracle.gradients(x, dy, used, oracle.adjust(sizes), weights)
         y, gradient = layer.vjp(x.astype(dtype), training=True, mask=mask)
         near(y, oracle.train(x, weights), dtype)
+        assert layer.kernel == ("composed" if options in ("composed", "adjustment") else "cpu")
         found = gradient(dy)
         near(found.inputs, expected.x, dtype)
         for name in ("gamma", "beta"):

@@ -64,11 +64,12 @@ def test_averages_move_by_the_weight_of_the_new_value(view: View, renorm: bool) 
     y, mean, variance = like(x), np.empty(view.statistics), np.empty(view.statistics)
     r, d = (np.empty(view.parameters), np.empty(view.parameters)) if renorm else (None, None)
     kernel(view, x.dtype).forward_at(
-        threads=1, momentum=0.3, bessel=1.25, renorm_momentum=0.1,
+        threads=1, momentum=0.3, unbiased=True, renorm_momentum=0.1,
         **at(x=x, y=y, mean=mean, variance=variance, r=r, d=d, running_mean=running[0], running_variance=running[1],
              renorm_mean=pair[0] if renorm else None, renorm_stddev=pair[1] if renorm else None),
     )  # fmt: skip
     shape = (1, -1) if view.grouped_parameters else view.statistics
+    count = view.rows // view.groups * view.inner
     m, v = (moment.reshape(shape).mean(axis=0) for moment in (mean, variance))
     sigma = np.sqrt(v + EPSILON)
 
@@ -78,7 +79,7 @@ def test_averages_move_by_the_weight_of_the_new_value(view: View, renorm: bool) 
 
     np.testing.assert_allclose(running[0], step(before[0], m, 0.3), rtol=1e-12)
     if not renorm:
-        np.testing.assert_allclose(running[1], step(before[1], v * 1.25, 0.3), rtol=1e-12)
+        np.testing.assert_allclose(running[1], step(before[1], v * count / (count - 1), 0.3), rtol=1e-12)
         return
     stddev = step(np.sqrt(before[1] + EPSILON), sigma, 0.3)
     np.testing.assert_allclose(running[1], np.maximum(stddev**2 - EPSILON, 0), rtol=1e-12)

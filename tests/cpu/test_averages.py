@@ -55,11 +55,11 @@ def test_the_step_is_that_of_the_core_over_the_groups_means(names: tuple[str, ..
         np.testing.assert_allclose(value, expected[NAMES.get(name, name)], rtol=1e-14)
 
 
-def test_the_variance_moves_to_bessels_times_the_mean_of_the_groups() -> None:
+def test_the_variance_moves_to_the_mean_of_the_groups_unbiased_ones() -> None:
     found, given = averages("running_variance"), moments()
     expected = 0.7 * found["running_variance"] + 0.3 * 1.5 * given.variance.mean(axis=0)
     kernel(VIEW, np.dtype(np.float64)).move_averages(
-        mean=given.mean, variance=given.variance, **found, momentum=0.3, bessel=1.5
+        mean=given.mean, variance=given.variance, **found, momentum=0.3, unbiased=True
     )
     np.testing.assert_allclose(found["running_variance"], expected, rtol=1e-14)
 

@@ -14,7 +14,8 @@ __all__ = ["Geometry", "View", "counted_axes", "plan"]
 class View(NamedTuple):
     """An array as the CPU kernels see it: (rows, features, inner), row r in group (r // span) % groups.
 
-    Groups are virtual batches, unless parameters are by group: then they are feature axes, too.
+    Groups are virtual batches, unless parameters are by group: then they are feature axes, too. What weighs positions
+    has the order of the array without its feature axes.
     """
 
     rows: int
@@ -198,7 +199,7 @@ class Geometry:
     def view(self, shape: Sequence[int]) -> View | None:
         """See an input of this shape as the CPU kernels do; None where they cannot.
 
-        Feature axes may lie too far apart, or the virtual batches be uneven.
+        Feature axes may lie too far apart. Where groups do not divide the samples, the first have one more.
 
         >>> plan((32, 64, 56, 56), 1, None).view((32, 64, 56, 56))
         View(rows=32, groups=1, span=1, features=64, inner=3136, grouped_parameters=False)
@@ -207,7 +208,7 @@ class Geometry:
         >>> plan((8, 6, 5, 3), (1, 3), None).view((8, 6, 5, 3))
         View(rows=240, groups=6, span=5, features=3, inner=1, grouped_parameters=True)
         """
-        if not self.collapses(shape) or self.padding(shape):
+        if not self.collapses(shape):
             return None
         *apart, (first, last) = self.runs(shape)
         before, after = math.prod(shape[:first]), math.prod(shape[last + 1 :])

@@ -80,7 +80,7 @@ def train(
         The output; the averages that have moved, if they are to; and the gradient.
     """
     if of.kernel == cpu.KERNEL:
-        return _train_cpu(x, of, options, variables, adjustment, move)
+        return _train_cpu(x, of, options, variables, adjustment, weights, masked, move)
     plan, epsilon = of.plan, options.epsilon
     gamma, beta = variables.get("gamma"), variables.get("beta")
     renorm = None
@@ -103,8 +103,9 @@ def train(
 
 
 def _train_cpu(
-    x: Array, of: Call, options: Options, variables: Variables, adjustment: Pair | None, move: bool
-) -> tuple[Array, dict[str, Array], Gradient]:
+    x: Array, of: Call, options: Options, variables: Variables, adjustment: Pair | None, weights: Array | None,
+    masked: Masked, move: bool,
+) -> tuple[Array, dict[str, Array], Gradient]:  # fmt: skip
     plan, _, view, kernels = of
     assert view is not None
     gamma, beta = variables.get("gamma"), variables.get("beta")
@@ -116,6 +117,9 @@ def _train_cpu(
     factor, offset = normalize.fold(xp, gamma, beta, flat)
     y, shape = _output(raw), (view.groups, view.features)
     mean, variance = np.empty(shape, dtype), np.empty(shape, dtype)
+    count, squares = np.empty(view.virtual_batches, dtype), np.empty(view.virtual_batches, dtype)
+    counts = {"count": count, "square_count": squares}
+    weighed = _weighed(weights, dtype, masked)
     r = d = None
     renorm = {}
     if options.renorm:
@@ -123,10 +127,14 @@ def _train_cpu(
         rmin, rmax, dmax = options.renorm_clipping.limits
         averages = {name: variables[name] for name in ("renorm_mean", "renorm_stddev")}
         renorm = {"r": r, "d": d, "rmin": rmin, "rmax": rmax, "dmax": dmax, **averages}
-    kernels.forward(x=raw, y=y, mean=mean, variance=variance, factor=factor, offset=offset, **renorm)
+    kernels.forward(
+        x=raw, y=y, mean=mean, variance=variance, factor=factor, offset=offset, **renorm, **weighed, **counts
+    )
     moved: dict[str, Array] = {}
     if move and options.skip_nonfinite:
-        averaged = normalize.average(xp, Moments(mean, variance, plan.whole.count(x.shape) / view.virtual_batches), 0)
+        groups = (view.virtual_batches, view.parameters)
+        found = Moments(mean.reshape(groups), variance.reshape(groups), count[:, None], square_count=squares[:, None])
+        averaged = normalize.average(xp, found, 0)
         moved = _move(algebra.reshaped(xp, averaged, plan.parameter_shape), options, variables)
     elif move:
         moved = {name: value.copy() for name, value in variables.items() if name not in ("gamma", "beta")}
@@ -136,6 +144,7 @@ def _train_cpu(
             **{AVERAGES[name]: value for name, value in moved.items()},
             momentum=options.rate,
             renorm_momentum=options.renorm_rate,
+            **counts,
         )
 
     def gradient(dy: npt.ArrayLike) -> Gradients:
@@ -144,7 +153,7 @@ def _train_cpu(
         dfactor, doffset = (None if value is None else np.empty_like(value) for value in (factor, offset))
         kernels.backward(
             x=raw, dy=upstream, dx=dx, mean=mean, variance=variance, factor=factor, r=r, d=d, dfactor=dfactor,
-            doffset=doffset,
+            doffset=doffset, **weighed, **({"count": count} if weighed else {}),
         )  # fmt: skip
         dadjustment = None
         if adjustment is not None and dfactor is not None and doffset is not None:
@@ -179,7 +188,8 @@ def infer(
         offset = np.zeros_like(mean) if affine.offset is None else affine.offset
         raw = _raw(x)
         out = _output(raw)
-        kernels.normalize(x=raw, y=out, mean=mean, scale=affine.scale, offset=offset)
+        weighed = _weighed(weights, mean.dtype, masked)
+        kernels.normalize(x=raw, y=out, mean=mean, scale=affine.scale, offset=offset, **weighed)
         y = out.view(x.dtype)
     else:
         given: dict[str, Any] = {"gamma": gamma, "beta": beta, "weights": weights, "masked": masked}
@@ -207,6 +217,15 @@ def _upstream(dy: npt.ArrayLike, x: Array, dtype: npt.DTypeLike) -> Array:
     upstream = np.asarray(dy, dtype)
     Geometry.check_upstream(upstream.shape, x.shape)
     return upstream
+
+
+def _weighed(weights: Array | None, dtype: npt.DTypeLike, masked: Masked) -> dict[str, Any]:
+    """What counts, as the kernels take it: booleans, or numbers of a type."""
+    if weights is None:
+        return {}
+    if weights.dtype.kind == "b":
+        return {"mask": np.ascontiguousarray(weights), "zeroed": masked == "zero"}
+    return {"weights": np.ascontiguousarray(weights, dtype), "zeroed": masked == "zero"}
 
 
 def _gradients(found: normalize.Gradients, x: Array, gamma: Array | None, beta: Array | None) -> Gradients:

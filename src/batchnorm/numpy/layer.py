@@ -277,7 +277,6 @@ class BatchNormalization:
         served, adjustment, weights = of, None, None
         if mask is not None:
             weights = _weights(np.asarray(mask), x.shape, of.plan)
-            served = served._replace(kernel=passes.COMPOSED)
         if training and self.options.adjustment is not None:
             adjustment, by_feature = self._adjust(x.shape, of.plan)
             if not by_feature:

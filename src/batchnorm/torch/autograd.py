@@ -27,30 +27,33 @@ def forward(
     bias: Tensor | None,
     adjustment: Pair | None,
     renorm: Pair | None,
+    weights: Tensor | None,
     limits: tuple[float, float, float] | None,
     static: Static,
     plan: Geometry,
     averages: Averages | None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """Normalize by the batch, and move the averages, if they are given as the kernels take them.
 
     Returns:
-        The output, and the means and variances, [2][groups][parameters].
+        The output, the means and variances, [2][groups][parameters], and what counts in each group, [2][groups], where
+        that may differ.
     """
-    moments: list[Tensor] = []
+    found: list[Any] = []
     y: Tensor = _Forward.apply(  # type: ignore[no-untyped-call]
         x,
         weight,
         bias,
         *(adjustment or (None, None)),
         *(renorm or (None, None)),
+        weights,
         limits,
         static,
         plan,
         averages,
-        moments,
+        found,
     )
-    return y, moments[0]
+    return y, *found
 
 
 def flat(x: Tensor, plan: Geometry, adjustment: Pair | None) -> Pair | None:
@@ -68,22 +71,26 @@ class _Forward(Function):
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
-        x, weight, bias, scale, shift, renorm_mean, renorm_stddev, limits, static, ctx.plan, averages, out = arguments
+        x, weight, bias, scale, shift, renorm_mean, renorm_stddev, weights, limits, static, *rest = arguments
+        ctx.plan, averages, found = rest
         pair = flat(x, ctx.plan, None if scale is None else (scale, shift))
         factor, offset = normalize.fold(xp, weight, bias, pair)
-        y, moments, correction = cpu.forward(x, factor, offset, renorm_mean, renorm_stddev, limits, static, averages)
-        out.append(moments)  # and not a second output, of which the graph would have to know
+        y, moments, correction, counts = cpu.forward(
+            x, factor, offset, renorm_mean, renorm_stddev, weights, limits, static, averages
+        )
+        found += (moments, counts)  # and not outputs, of which the graph would have to know
         ctx.static, ctx.folded = static, None if pair is None else (pair, factor, offset)
         # Of the bias only that it is there matters, and its shape: it may change before a gradient is asked for.
-        ctx.save_for_backward(x, weight, None if bias is None else bias.data, scale, shift, moments, correction)
+        kept = None if bias is None else bias.data
+        ctx.save_for_backward(x, weight, kept, scale, shift, moments, correction, weights, counts)
         ctx.set_materialize_grads(False)
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None) -> Any:
         if dy is None:
-            return (None,) * 12
-        x, weight, bias, scale, shift, moments, correction = ctx.saved_tensors
+            return (None,) * 13
+        x, weight, bias, scale, shift, moments, correction, weights, counts = ctx.saved_tensors
         further = torch.is_grad_enabled()
         if ctx.folded is None:
             pair, factor, offset = None, weight, bias
@@ -94,9 +101,11 @@ class _Forward(Function):
             pair, factor, offset = ctx.folded
         if cpu.is_plain(dy) and not layout.is_batched(dy):
             differentiate: Any = _Backward.apply if further else cpu.backward
-            dx, dfactor, doffset = differentiate(dy, x, factor, offset, moments, correction, ctx.static)
+            dx, dfactor, doffset = differentiate(
+                dy, x, factor, offset, moments, correction, weights, counts, ctx.static
+            )
         else:  # many gradients at once, or a tensor of another kind
-            dx, dfactor, doffset = composed(ctx.static, dy, x, factor, offset, correction)
+            dx, dfactor, doffset = composed(ctx.static, dy, x, factor, offset, correction, weights)
         dscale = dshift = None
         if ctx.needs_input_grad[3] or ctx.needs_input_grad[4]:
             shapes = scale.shape, shift.shape
@@ -104,21 +113,21 @@ class _Forward(Function):
         dweight, dbias = normalize.fold_gradient(xp, dfactor, doffset, weight, pair)
         return (
             dx, shaped(dweight, weight), shaped(dbias, bias), shaped(dscale, scale), shaped(dshift, shift),
-            None, None, None, None, None, None, None,
+            None, None, None, None, None, None, None, None,
         )  # fmt: skip
 
 
 class _Backward(Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Any:
-        dy, x, factor, offset, _, correction, ctx.static = arguments
-        ctx.save_for_backward(dy, x, factor, offset, correction)
+        dy, x, factor, offset, _, correction, weights, _, ctx.static = arguments
+        ctx.save_for_backward(dy, x, factor, offset, correction, weights)
         ctx.set_materialize_grads(False)
         return cpu.backward(*arguments)
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor | None) -> Any:
-        return (*second_derivatives(ctx.static, upstream, *ctx.saved_tensors), None, None, None)
+        return (*second_derivatives(ctx.static, upstream, *ctx.saved_tensors), *(None,) * 5)
 
 
 def shaped(gradient: Tensor | None, value: Tensor | None) -> Tensor | None:
@@ -131,12 +140,18 @@ def shaped(gradient: Tensor | None, value: Tensor | None) -> Tensor | None:
 
 
 def composed(
-    static: Static, dy: Tensor, x: Tensor, factor: Tensor | None, offset: Tensor | None, correction: Tensor | None
+    static: Static,
+    dy: Tensor,
+    x: Tensor,
+    factor: Tensor | None,
+    offset: Tensor | None,
+    correction: Tensor | None,
+    weights: Tensor | None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """What `cpu.backward` computes, of PyTorch's own operations, which have derivatives and know batched tensors."""
     plan = layout.plan(x, static.axes, static.virtual_batch_size)
     dtype = wide(x)
-    given: Any = {"gamma": factor, "beta": offset}
+    given: Any = {"gamma": factor, "beta": offset, "weights": weights, "masked": "zero"}
     corrected = None if correction is None or not correction.numel() else (correction[0], correction[1])
     trained = normalize.train(xp, x.to(dtype), plan, static.epsilon, correction=corrected, **given)
     found = normalize.train_gradient(xp, dy.to(dtype), trained, plan, static.epsilon, **given)
@@ -152,6 +167,7 @@ def second_derivatives(
     factor: Tensor | None,
     offset: Tensor | None,
     correction: Tensor | None,
+    weights: Tensor | None,
 ) -> list[Tensor | None]:
     """Differentiate `composed`, for dy, x, factor and offset.
 
@@ -165,7 +181,7 @@ def second_derivatives(
     def gradients(*values: Tensor) -> tuple[Tensor, ...]:
         given = iter(values)
         dy, x, factor, offset = (None if value is None else next(given) for value in inputs)
-        found = composed(static, dy, x, factor, offset, correction)  # type: ignore[arg-type]  # the first two are there
+        found = composed(static, dy, x, factor, offset, correction, weights)  # type: ignore[arg-type]  # the first two are there
         return tuple(
             value.reshape(by.shape).to(by.dtype)
             for value, by in zip(found, wanted, strict=True)

@@ -73,12 +73,12 @@ class Static(NamedTuple):
 class Averages(NamedTuple):
     """What a training step moves besides renorm's own averages, and the weights of the new values.
 
-    The variance moves to `bessel` times the batch's.
+    The variance moves to the unbiased one, if asked for; with renorm to the biased one in any case.
     """
 
     running: tuple[Tensor | None, Tensor | None]
     momentum: float
-    bessel: float
+    unbiased: bool
     renorm_momentum: float
 
 
@@ -90,7 +90,6 @@ def serves(x: Tensor, plan: Geometry, traced: bool) -> bool:
         and x.dtype in TYPES
         and x.layout is torch.strided
         and (len(plan.features) == 1 or plan.collapses(x.shape))
-        and not plan.padding(x.shape)
         and (traced or is_plain(x))
     )
 
@@ -108,14 +107,22 @@ def takes(x: Tensor, shape: tuple[int, ...], values: Sequence[Tensor | None]) ->
 
 def check(x: Tensor, view: View, **values: Tensor | None) -> None:
     """Raise unless tensors are what the kernels read beside an input that is seen in a way; for who calls by hand."""
-    sizes = {"dy": view.rows * view.features * view.inner, "moments": 2 * view.virtual_batches * view.parameters}
+    sizes = {
+        "dy": view.rows * view.features * view.inner,
+        "moments": 2 * view.virtual_batches * view.parameters,
+        "counts": 2 * view.virtual_batches,
+    }
     for name, value in values.items():
         if value is None:
             continue
         size = sizes.get(name, (2 if name == "correction" else 1) * view.parameters)
         if not value.is_cpu:
             raise ValueError(f"{name} must be on the CPU; received one on {value.device}.")
-        if value.dtype != x.dtype if name == "dy" else value.dtype != wide(x) and name in ("moments", "correction"):
+        if (
+            value.dtype != x.dtype
+            if name == "dy"
+            else value.dtype != wide(x) and name in ("moments", "correction", "counts")
+        ):
             raise TypeError(f"{name} must be of {x.dtype if name == 'dy' else wide(x)}; received {value.dtype}.")
         if not value.is_floating_point():
             raise TypeError(f"{name} must be of a floating-point type; received {value.dtype}.")
@@ -139,51 +146,67 @@ def forward(
     offset: Tensor | None,
     renorm_mean: Tensor | None,
     renorm_stddev: Tensor | None,
+    weights: Tensor | None,
     limits: Limits | None,
     static: Static,
     averages: Averages | None = None,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Compute the output, the moments [2][groups][parameters], and r and d in one tensor; move the averages."""
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Compute the output, the moments [2][groups][parameters], and r and d in one tensor; move the averages.
+
+    Where groups may differ in what counts in them, also Σw and Σw², [2][groups].
+    """
     dtype = wide(x)
     x, view, kernel = layout.kernel(x, static.axes, static.virtual_batch_size, static.epsilon)
     y = torch.empty_like(x)
     moments = torch.empty((2, view.virtual_batches, view.parameters), dtype=dtype, device=x.device)
     mean, variance = _halves(moments)
     factor, offset = _dense(factor, dtype), _dense(offset, dtype)  # which keeps them until the call has ended
-    optional: dict[str, Any] = {}
-    correction = None
+    optional, weights = _weighed(weights, dtype)
+    counts = correction = None
+    if weights is not None or static.virtual_batch_size is not None:
+        counts = torch.empty((2, view.virtual_batches), dtype=dtype, device=x.device)
+        optional["count"], optional["square_count"] = _halves(counts)
     if renorm_mean is not None:
         correction = torch.empty((2, view.parameters), dtype=dtype, device=x.device)
         r, d = _halves(correction)
         renorm_mean, renorm_stddev = _dense(renorm_mean, dtype), _dense(renorm_stddev, dtype)
         rmin, rmax, dmax = limits or UNLIMITED
-        optional = {
+        optional |= {
             "renorm_mean": _at("renorm_mean", renorm_mean), "renorm_stddev": _at("renorm_stddev", renorm_stddev),
             "r": r, "d": d, "rmin": rmin, "rmax": rmax, "dmax": dmax,
         }  # fmt: skip
     if averages is not None:
-        (running_mean, running_variance), momentum, bessel, renorm_momentum = averages
+        (running_mean, running_variance), momentum, unbiased, renorm_momentum = averages
         optional |= {
             "running_mean": _at("running_mean", running_mean), "running_variance": _at("running_var", running_variance),
-            "momentum": momentum, "bessel": bessel, "renorm_momentum": renorm_momentum,
+            "momentum": momentum, "unbiased": unbiased, "renorm_momentum": renorm_momentum,
         }  # fmt: skip
     kernel.forward_at(
         threads=torch.get_num_threads(), x=_at("x", x), y=_at("y", y), mean=mean, variance=variance,
         factor=_at("factor", factor), offset=_at("offset", offset), **optional,
     )  # fmt: skip
-    return y, moments, correction
+    return y, moments, correction, counts
 
 
-def move(x: Tensor, moments: Tensor, renorm: tuple[Tensor, ...] | None, static: Static, averages: Averages) -> None:
+def move(
+    x: Tensor,
+    moments: Tensor,
+    counts: Tensor | None,
+    renorm: tuple[Tensor, ...] | None,
+    static: Static,
+    averages: Averages,
+) -> None:
     """Move the averages as `forward` does with them, but after it: where it was not certain yet that it succeeds."""
     kernel = layout.kernel(x, static.axes, static.virtual_batch_size, static.epsilon)[2]
-    running, momentum, bessel, renorm_momentum = averages
+    running, momentum, unbiased, renorm_momentum = averages
     names = ("running_mean", "running_variance", "renorm_mean", "renorm_stddev")
     given = dict(zip(names, (*running, *(renorm or ())), strict=False))
+    if counts is not None:
+        given |= {"count": counts[0], "square_count": counts[1]}
     kernel.move_averages(
         mean=moments[0].numpy(), variance=moments[1].numpy(),
         **{name: value.detach().numpy() for name, value in given.items() if value is not None},
-        momentum=momentum, bessel=bessel, renorm_momentum=renorm_momentum,
+        momentum=momentum, unbiased=unbiased, renorm_momentum=renorm_momentum,
     )  # fmt: skip
 
 
@@ -194,6 +217,8 @@ def backward(
     offset: Tensor | None,
     moments: Tensor,
     correction: Tensor | None,
+    weights: Tensor | None,
+    counts: Tensor | None,
     static: Static,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Compute the gradients of x, and of factor and offset where these are there, in one row each."""
@@ -208,10 +233,13 @@ def backward(
     factor = _dense(factor, dtype)
     mean, variance = _halves(moments)
     r, d = _halves(correction)
+    optional, weights = _weighed(weights, dtype)
+    if weights is not None:
+        optional["count"] = _halves(counts)[0]
     kernel.backward_at(
         threads=torch.get_num_threads(), x=_at("x", x), dy=_at("dy", dy), dx=_at("dx", dx), mean=mean,
         variance=variance, factor=_at("factor", factor), r=r, d=d, dfactor=_at("dfactor", dfactor),
-        doffset=_at("doffset", doffset),
+        doffset=_at("doffset", doffset), **optional,
     )  # fmt: skip
     return dx, dfactor, doffset
 
@@ -224,6 +252,17 @@ def limits(clipping: Clipping) -> Limits:
 
 def _dense(value: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return value if value is None or (value.dtype == dtype and value.is_contiguous()) else value.to(dtype).contiguous()
+
+
+def _weighed(weights: Tensor | None, dtype: torch.dtype) -> tuple[dict[str, Any], Tensor | None]:
+    """The arguments that say what counts, and the tensor that keeps their memory: booleans, or numbers of a type."""
+    if weights is None:
+        return {}, None
+    if weights.dtype == torch.bool:
+        weights, name = weights.contiguous(), "mask"
+    else:
+        weights, name = weights.to(dtype).contiguous(), "weights"
+    return {name: _at(name, weights), "zeroed": True}, weights
 
 
 def _at(name: str, value: Tensor | None) -> int:

@@ -236,8 +236,7 @@ def normalize(
     adjustment, by_feature = (None, True) if options.adjustment is None else checks.adjustment(options, x, plan)
     if plain and not taken and not traced:  # PyTorch's operator would move a copy of such a view
         plain = not any(value is not None and value.is_neg() for value in state.averages.values())
-    able = by_feature and count > 0 and mask is None
-    able = able and (taken or traced or cpu.are_plain((*state, *(adjustment or ()))))
+    able = by_feature and x.numel() > 0 and (taken or traced or cpu.are_plain((*state, *(adjustment or ()))))
     kernel = _select(x, plan, options.fused, momentum, plain, able, traced, transformed)
     if kernel == TORCH:
         return Result(torch.nn.functional.batch_norm(x, *running, weight, bias, True, float(momentum), eps), kernel)
@@ -256,21 +255,26 @@ def normalize(
         averages = None
         if traced:
             factor, offset = core.fold(xp, weight, bias, autograd.flat(x, plan, adjustment))
-            y, group_moments = operators.forward(x, factor, offset, corrected, static)
+            y, group_moments, counts = operators.forward(x, factor, offset, corrected, weights, static)
         else:
             if moves and taken and not torch.is_tensor(momentum) and not options.skip_nonfinite:
-                averages = Averages(running, momentum, algebra.bessel(count), renorm_momentum)
+                averages = Averages(running, momentum, True, renorm_momentum)
             later = averages is not None and _may_yet_raise(x)
             old, limits = (None, None) if corrected is None else (corrected[:2], cpu.limits(clipping))
-            y, group_moments = autograd.forward(
-                x, weight, bias, adjustment, old, limits, static, plan, None if later else averages
+            y, group_moments, counts = autograd.forward(
+                x, weight, bias, adjustment, old, weights, limits, static, plan, None if later else averages
             )
             if averages is not None and later:
-                cpu.move(x, group_moments, old, static, averages)
+                cpu.move(x, group_moments, counts, old, static, averages)
         y = layout.in_format(y, form)
-        if averages is not None or not moves:
+        if not moves:
             return Result(y, kernel)
-        averaged = core.average(xp, Moments(group_moments[0], group_moments[1], count), 0, not renorm)
+        if averages is not None:
+            return Result(y, kernel, True if weights is None or counts is None else counts[0].any())
+        moments = Moments(group_moments[0], group_moments[1], count)
+        if counts is not None:
+            moments = moments._replace(count=counts[0].unsqueeze(1), square_count=counts[1].unsqueeze(1))
+        averaged = core.average(xp, moments, 0, not renorm)
     else:
         trained = core.train(
             xp,
@@ -288,8 +292,8 @@ def normalize(
         y, averaged = trained.y.to(x.dtype).contiguous(memory_format=form), trained.averaged
     if not moves:
         return Result(y, kernel)
-    moments = algebra.reshaped(xp, averaged, plan.feature_sizes)
-    return Result(y, kernel, _move(moments, state, options.skip_nonfinite, momentum, eps, renorm_momentum))
+    averaged = algebra.reshaped(xp, averaged, plan.feature_sizes)
+    return Result(y, kernel, _move(averaged, state, options.skip_nonfinite, momentum, eps, renorm_momentum))
 
 
 def _select(

@@ -125,9 +125,10 @@ def check_python(version: str, python: Path, source: Path, folder: Path, cache: 
 def check_cure(version: str, python: Path, source: Path, folder: Path, cache: Path) -> None:
     """Install with a compiler after an installation without one, whose wheel pip may have kept."""
     environment = Environment(python, folder / "cured", cache)
-    environment.pip(source)
+    named = f"batchnorm @ {source.as_uri()}"  # by its name, as from an index, or pip would not look for what it kept
+    environment.pip(named)
     kept = "not built" in run(environment.python, "-m", "batchnorm", "info")
-    environment.pip(*CURE, source)
+    environment.pip(*CURE, named)
     found = environment.check(True, True)
     print(f"Python {version}, {'kept without kernels and then ' if kept else ''}cured: {found}", flush=True)
 

@@ -2,7 +2,7 @@
 // read, whatever is short: the runs of features in the middle, or the rows of a group with features last.
 #pragma once
 
-#include "parts.hpp"
+#include "weights.hpp"
 
 namespace batchnorm {
 namespace {
@@ -10,6 +10,7 @@ namespace {
 constexpr int64_t COLUMNS_STRETCH = 32 * 1024;  // bytes that should be read side by side
 constexpr int64_t SHORT = 2048;                 // bytes of the rows of a group side by side that are so few
 constexpr int64_t FEW = 16;                     // rows of a group, whose moments take longer than its data
+constexpr int64_t WEIGHED = 4;                  // rows whose weights by column are held at a time
 
 // x[rows][blocks][repeats][numbers], with moments for each number of each block. With features in the middle a block is
 // a feature, and repeats are its values in a row; with features last a block is a group, its numbers are the features,
@@ -21,15 +22,19 @@ class Columns {
   using Value = typename E::Value;
   static constexpr bool WHOLE = false, FEW_ROWS = false;
 
-  static bool serves(const View& view, const Weights& weights) {
-    if (weights) return false;
+  static bool serves(const View& view) {
     if (view.inner > 1) return view.inner < 2 * W;
     if (view.groups == 1 || (view.span == 1 && view.group_rows() <= FEW && view.features >= 2 * W)) return false;
     return view.span * view.features * static_cast<int64_t>(sizeof(typename E::Stored)) <= SHORT;
   }
 
-  Columns(const View& view, const Weights&, int64_t arrays, bool waits)
-      : alone(view.size() < ALONE), all_groups(view.inner > 1), v(view), past_(goes_past_caches<E>(view)) {
+  Columns(const View& view, const Weights& weights, int64_t arrays, bool waits)
+      : alone(view.size() < ALONE),
+        all_groups(view.inner > 1),
+        positions_(view, weights),
+        one_block_(all_groups || view.grouped_parameters),
+        v(view),
+        past_(goes_past_caches<E>(view)) {
     if (!all_groups) {
       v = {view.rows / (view.groups * view.span), 1, 1, view.groups, view.span * view.features};
       more_ = view.rows / view.span % view.groups;
@@ -67,13 +72,16 @@ class Columns {
   template <class Body>
   void each_count(const Part& part, int64_t group, Body&& body) const {
     if (all_groups) return body(0, part.features(), group);
-    int64_t first = part.begin_feature / numbers_,
-            more = most<int64_t>(0, least(part.features(), more_ * numbers_ - part.begin_feature));
+    int64_t first = part.begin_feature / numbers_;
+    for (int64_t c = 0; positions_ && c < part.features(); c += numbers_) body(c, numbers_, first + c / numbers_);
+    if (positions_) return;
+    int64_t more = most<int64_t>(0, least(part.features(), more_ * numbers_ - part.begin_feature));
     if (more > 0) body(0, more, first);
     if (more < part.features()) body(more, part.features() - more, first + more / numbers_);
   }
 
   void origin(const Arrays<E, 1>& x, int64_t group, const Part& part, Value* origin) const {
+    if (positions_) return kept_origin(x, group, part, origin);
     Scratch scratch;
     double *sums = scratch.take<double>(columns(part)), *squares = scratch.take<double>(columns(part));
     int64_t some = least(v.group_rows(group), FIRST);
@@ -91,9 +99,16 @@ class Columns {
             double* firsts, double* seconds) const {
     fill(firsts, columns(part), 0.0);
     fill(seconds, columns(part), 0.0);
-    all_rows<Formula::ARRAYS>(from, group, part, [&](const Arrays<E, Formula::ARRAYS>* at, int64_t n, int64_t width) {
-      sum_rows<Formula, E>(at, n, width, origin, firsts, seconds);
-    });
+    auto add = [&](auto formula) {
+      return [&](auto* at, int64_t n, int64_t width) {
+        sum_rows<decltype(formula), E>(at, n, width, origin, firsts, seconds);
+      };
+    };
+    if (positions_)
+      by_kind<Formula>(from, group, part, add(Formula{}), add(typename Formula::WithWeights{}),
+                       [](const auto&, int64_t) {});
+    else
+      all_rows<Formula::ARRAYS>(from, group, part, add(Formula{}));
     fold(part, firsts);
     fold(part, seconds);
   }
@@ -101,9 +116,18 @@ class Columns {
   template <class Formula>
   void map(const Arrays<E, Formula::ARRAYS>& arrays, int64_t group, const Part& part,
            Value* const (&coefficients)[Formula::COEFFICIENTS]) const {
-    all_rows<Formula::ARRAYS>(arrays, group, part, [&](const Arrays<E, Formula::ARRAYS>* at, int64_t n, int64_t width) {
-      map_rows<Formula, E>(at, n, width, past_, coefficients);
-    });
+    auto write = [&](auto formula) {
+      return [&](auto* at, int64_t n, int64_t width) {
+        map_rows<decltype(formula), E>(at, n, width, past_, coefficients);
+      };
+    };
+    if (positions_ && (Formula::WEIGHS || positions_.zeroed()))
+      by_kind<Formula>(arrays, group, part, write(Formula{}), write(typename Formula::WithWeights{}),
+                       [](const auto& row, int64_t width) {
+                         std::memset(row.out, 0, static_cast<size_t>(width) * sizeof(*row.out));
+                       });
+    else
+      all_rows<Formula::ARRAYS>(arrays, group, part, write(Formula{}));
     if (past_) fence();
   }
 
@@ -142,6 +166,93 @@ class Columns {
     return arrays.at((row_of(v, group, i) * v.features + part.begin_feature / numbers_) * v.inner);
   }
 
+  // Rows of a part of a group, and the columns of one.
+  int64_t row_count(int64_t group, const Part& part) const {
+    return v.group_rows(group) + (more_ > part.begin_feature / numbers_);
+  }
+  int64_t width(int64_t i, const Part& part) const {
+    int64_t all = columns(part);
+    return all_groups || i < v.rows ? all : least(all, (more_ - part.begin_feature / numbers_) * v.inner);
+  }
+  // The first position of a row, and how many it has: those of all repeats of all blocks, or of one block where all
+  // have the same.
+  int64_t position(int64_t group, const Part& part, int64_t i) const {
+    if (all_groups) return positions_.at(group, i);
+    return (one_block_ ? i : i * v.features + part.begin_feature / numbers_) * repeats();
+  }
+  int64_t position_count(int64_t columns) const { return one_block_ ? repeats() : columns / numbers_; }
+  int64_t repeats() const { return v.inner / numbers_; }
+
+  // The same by what rows weigh: `plain` for those that weigh 1; `weighted` for the others, with a weight for each
+  // column; for those that are neither read nor anything but 0, dropped(row, width).
+  template <class Formula, class Plain, class WithWeights, class Dropped>
+  void by_kind(const Arrays<E, Formula::ARRAYS>& arrays, int64_t group, const Part& part, Plain&& plain,
+               WithWeights&& weighted, Dropped&& dropped) const {
+    constexpr int N = Formula::ARRAYS;
+    const bool reads_dropped = Formula::READS_DROPPED && !positions_.zeroed();
+    const int64_t all = columns(part);
+    Scratch scratch;
+    Value *weights = scratch.take<Value>(WEIGHED * all), *own = scratch.take<Value>(all);
+    Arrays<E, N> at[ROWS];
+    Weighted<E, N> weighed[WEIGHED];
+    const int64_t rows = row_count(group, part), full = least(ROWS, rows), full_weighed = least(WEIGHED, rows);
+    int64_t n = 0, m = 0;
+    for (int64_t i = 0; i < rows; i++) {
+      int64_t columns = width(i, part), begin = position(group, part, i);
+      int64_t count = position_count(columns);
+      auto from = row(arrays, group, part, i);
+      Kind kind = positions_.kind(begin, count);
+      if (kind == Kind::dropped && !reads_dropped) {
+        dropped(from, columns);
+      } else if (kind == Kind::plain) {
+        if (columns < all)
+          plain(&from, 1, columns);
+        else
+          at[n++] = from;
+        if (n == full) plain(at, n, all), n = 0;
+      } else {
+        Value* to = weights + m * all;
+        positions_.read(begin, count, own);
+        for (int64_t c = 0; c < columns; c += count * numbers_)
+          for (int64_t k = 0; k < count; k++) fill(to + c + k * numbers_, numbers_, own[k]);
+        weighed[m] = {from, to, true, positions_.zeroed()};
+        if (columns < all)
+          weighted(weighed + m, 1, columns);
+        else
+          m++;
+        if (m == full_weighed) weighted(weighed, m, all), m = 0;
+      }
+    }
+    if (n > 0) plain(at, n, all);
+    if (m > 0) weighted(weighed, m, all);
+  }
+
+  // An origin from the first values of each block that weigh anything.
+  void kept_origin(const Arrays<E, 1>& x, int64_t group, const Part& part, Value* origin) const {
+    for (int64_t c0 = 0; c0 < part.features(); c0 += numbers_) {
+      Part block = part;
+      block.begin_feature += c0;
+      block.end_feature = block.begin_feature + numbers_;
+      fill(origin + c0, numbers_, Value{0});
+      int64_t n = 0;
+      for (int64_t i = 0; i < row_count(group, block) && n < FIRST; i++) {
+        int64_t begin = position(group, block, i);
+        if (positions_.kind(begin, repeats()) == Kind::dropped) continue;
+        auto from = row(x, group, block, i);
+        for (int64_t k = 0; k < repeats() && n < FIRST; k++) {
+          if (positions_.kind(begin + k) == Kind::dropped) continue;
+          n++;
+          for (int64_t c = 0; c < numbers_; c++) {
+            Value distance = E::load_single(from.in[0] + k * numbers_ + c) - origin[c0 + c];
+            origin[c0 + c] += distance / static_cast<Value>(n);
+          }
+        }
+      }
+    }
+  }
+
+  const Positions positions_;
+  const bool one_block_;                // whether all blocks have the same positions
   View v;                               // with blocks for features
   int64_t numbers_, block_, more_ = 0;  // the last: groups that have more samples than the others
   bool past_;

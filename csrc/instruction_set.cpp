@@ -6,7 +6,7 @@ namespace {
 
 template <class E, class Operation>
 void by_layout(const Operation& p) {
-  if (Columns<E>::serves(p.view, p.weights)) return run<Columns<E>>(p);
+  if (Columns<E>::serves(p.view)) return run<Columns<E>>(p);
   if (p.view.inner > 1) return run<ChannelsFirst<E>>(p);
   if (p.view.groups == 1) return run<WholeBatch<E>>(p);
   run<Groups<E>>(p);

@@ -42,6 +42,7 @@ struct Data {
     if (type == Type::float32) return read<float>(i);
     uint32_t h = read<uint16_t>(i), word = h << 16;
     if (type == Type::float16) {
+      if ((h & 0x7c00) == 0x7c00) return NAN;
       double magnitude = (h & 0x7c00) ? std::ldexp((h & 0x3ff) | 0x400, static_cast<int>(h >> 10 & 31) - 25)
                                       : std::ldexp(h & 0x3ff, -24);
       return h & 0x8000 ? -magnitude : magnitude;
@@ -59,6 +60,12 @@ struct Data {
     if (type == Type::bfloat16) return write<uint16_t>(i, static_cast<uint16_t>(word >> 16));
     uint32_t half = word & 0x7fffffff ? ((word & 0x7fffffff) - 0x38000000) >> 13 : 0;
     write<uint16_t>(i, static_cast<uint16_t>(half | (word >> 16 & 0x8000)));
+  }
+
+  void set_nan(int64_t i) {
+    if (type == Type::float64) return write<double>(i, NAN);
+    if (type == Type::float32) return write<float>(i, NAN);
+    write<uint16_t>(i, type == Type::bfloat16 ? 0x7fc0 : 0x7e00);
   }
 
  private:
@@ -110,7 +117,7 @@ void exercise(const View& v, Type type, unsigned seed) {
     sum[at(i)] += value;
     square[at(i)] += value * value;
   }
-  double count = static_cast<double>(v.count() ? v.count() : 1);
+  double count = static_cast<double>(v.group_rows() ? v.group_rows() * v.inner : 1);
   for (int64_t i = 0; i < n; i++) {
     dys[at(i)] += dy.get(i);
     centered[at(i)] += dy.get(i) * (x.get(i) - sum[at(i)] / count);
@@ -121,7 +128,7 @@ void exercise(const View& v, Type type, unsigned seed) {
                                          : 2e-3;
 
   Statistics mean(all, doubles), variance(all, doubles);
-  kernels().moments({type, v, x.data(), mean.values, variance.values});
+  kernels().moments({type, v, x.data(), mean.values, variance.values, {}});
   for (int64_t c = 0; c < all; c++) {
     double m = sum[static_cast<size_t>(c)] / count, s = square[static_cast<size_t>(c)] / count - m * m;
     expect(near(mean.values.get(c), m, 1, 1e-5), "mean", v, type);
@@ -129,9 +136,9 @@ void exercise(const View& v, Type type, unsigned seed) {
   }
 
   Statistics center(all, doubles, 0.25), scale(all, doubles, 0.5), shift(all, doubles, -0.5), c(all, doubles, 1);
-  kernels().normalize({type, v, x.data(), y.data(), center.values, scale.values, shift.values});
+  kernels().normalize({type, v, x.data(), y.data(), center.values, scale.values, shift.values, {}});
   kernels().gradient_combine(
-      {type, v, x.data(), dy.data(), dx.data(), center.values, scale.values, shift.values, c.values});
+      {type, v, x.data(), dy.data(), dx.data(), center.values, scale.values, shift.values, c.values, {}});
   for (int64_t i = 0; i < n; i++) {
     auto k = static_cast<int64_t>(at(i));
     double distance = x.get(i) - center.values.get(k);
@@ -141,7 +148,7 @@ void exercise(const View& v, Type type, unsigned seed) {
     expect(near(dx.get(i), expected, 8, part), "gradient_combine", v, type);
   }
   Statistics plain(all, doubles), product(all, doubles);
-  kernels().gradient_sums({type, v, x.data(), dy.data(), mean.values, plain.values, product.values});
+  kernels().gradient_sums({type, v, x.data(), dy.data(), mean.values, plain.values, product.values, {}});
   for (int64_t k = 0; k < all; k++) {
     expect(near(plain.values.get(k), dys[static_cast<size_t>(k)], count, 1e-5), "dy_sum", v, type);
     expect(near(product.values.get(k), centered[static_cast<size_t>(k)], 8 * count, 1e-5), "dy_centered_sum", v, type);
@@ -187,6 +194,116 @@ void exercise(const View& v, Type type, unsigned seed) {
   }
 }
 
+// A step with weights, over groups of any sizes: moments and their counts in plain loops, NaN beneath the mask, and
+// what becomes of it.
+void exercise_weights(const View& v, Type type, unsigned seed) {
+  std::mt19937 random(seed);
+  int64_t n = v.size(), all = v.statistics(), f = v.parameters(), positions = v.positions();
+  bool doubles = type == Type::float64 || seed % 2, zeroed = seed / 2 % 2;
+  // Booleans or real weights; by position, in stretches, or all of one kind.
+  auto kind = static_cast<Weights::Kind>(seed / 4 % 3);
+  unsigned pattern = seed / 3 % 5, length = pattern == 1 ? 7 : 150, value = 1;
+  std::vector<double> weights(static_cast<size_t>(positions));
+  for (size_t i = 0; i < weights.size(); i++) {
+    if (pattern == 0 || i % length == 0) value = random() % 3;
+    weights[i] = pattern == 3 ? 1 : pattern == 4 ? 0 : kind == Weights::bytes ? value > 0 : value * 0.5;
+  }
+  std::vector<char> given(weights.size() * (kind == Weights::bytes ? 1 : kind == Weights::floats ? 4 : 8));
+  for (size_t i = 0; i < weights.size(); i++) {
+    if (kind == Weights::bytes)
+      given[i] = weights[i] > 0;
+    else
+      Values{given.data(), kind == Weights::doubles}.set(static_cast<int64_t>(i), weights[i]);
+  }
+  auto weight = [&](int64_t i) {
+    int64_t row = i / (v.features * v.inner);
+    if (v.grouped_parameters) row = row / (v.groups * v.span) * v.span + row % v.span;
+    return weights[static_cast<size_t>(row * v.inner + i % v.inner)];
+  };
+  auto at = [&](int64_t i) {
+    int64_t row = i / (v.features * v.inner), feature = i / v.inner % v.features;
+    return static_cast<size_t>(row / v.span % v.groups * v.features + feature);
+  };
+  Data x(type, n), dy(type, n), y(type, n), dx(type, n);
+  std::vector<double> count(static_cast<size_t>(all)), sum(count), square(count), dys(count);
+  for (int64_t i = 0; i < n; i++) {
+    x.set(i, static_cast<int>(random() % 15) - 4);
+    dy.set(i, static_cast<int>(random() % 9) - 4);
+    double w = weight(i);
+    count[at(i)] += w;
+    sum[at(i)] += w * x.get(i);
+    square[at(i)] += w * x.get(i) * x.get(i);
+    if (w > 0 || !zeroed) dys[at(i)] += dy.get(i);
+    if (w > 0) continue;
+    x.set_nan(i);
+    if (zeroed) dy.set_nan(i);
+  }
+  Statistics mean(all, doubles), variance(all, doubles), counts(v.virtual_batches(), doubles),
+      squares(v.virtual_batches(), doubles), factor(f, doubles, 0.5), offset(f, doubles), average(f, doubles),
+      stddev(f, doubles, 1), r(f, doubles), d(f, doubles), dfactor(f, doubles), doffset(f, doubles);
+  Forward p{};
+  p.type = type, p.view = v, p.x = x.data(), p.y = y.data(), p.epsilon = 1e-3;
+  p.rmin = 0.5, p.rmax = 2, p.dmax = 1;
+  p.mean = mean.values, p.variance = variance.values, p.factor = factor.values, p.offset = offset.values;
+  p.weights = {given.data(), kind, zeroed};
+  p.count = counts.values, p.square_count = squares.values;
+  Backward q{};
+  q.type = type, q.view = v, q.x = x.data(), q.dy = dy.data(), q.dx = dx.data(), q.epsilon = 1e-3;
+  q.mean = mean.values, q.variance = variance.values, q.factor = factor.values;
+  q.dfactor = dfactor.values, q.doffset = doffset.values;
+  q.weights = p.weights, q.count = counts.values;
+  if (seed % 3 == 0) {
+    p.renorm_mean = average.values, p.renorm_stddev = stddev.values;
+    p.r = q.r = r.values, p.d = q.d = d.values;
+  }
+  kernels().forward(p);
+  kernels().backward(q);
+  for (int64_t k = 0; k < all; k++) {
+    auto i = static_cast<size_t>(k);
+    double number = count[i] > 0 ? count[i] : 1, m = sum[i] / number;
+    expect(near(mean.values.get(k), m, 1, 1e-5), "weighted mean", v, type);
+    expect(near(variance.values.get(k), square[i] / number - m * m, 1, 1e-5), "weighted variance", v, type);
+    if (v.rows > 0)
+      expect(near(counts.values.get(v.grouped_parameters ? 0 : k / v.features), count[i], 0, 1e-5), "count", v, type);
+  }
+  for (int64_t i = 0; i < n; i += 1 + n / 997) {
+    if (weight(i) > 0) {
+      expect(std::isfinite(y.get(i)) && std::isfinite(dx.get(i)), "weighted", v, type);
+    } else {
+      expect(zeroed ? y.get(i) == 0 && dx.get(i) == 0 : !std::isfinite(y.get(i)), "without weight", v, type);
+      expect(std::isfinite(dx.get(i)), "gradient without weight", v, type);
+    }
+  }
+  for (int64_t k = 0; k < f; k++) {
+    double expected = 0, values = 1;
+    for (int64_t g = 0; g < v.groups; g++)
+      if (!v.grouped_parameters || k / v.features == g) {
+        expected += dys[static_cast<size_t>(g * v.features + k % v.features)];
+        values += static_cast<double>(v.group_rows(g) * v.inner);
+      }
+    expect(near(doffset.values.get(k), expected, values, 1e-5), "weighted doffset", v, type);
+  }
+  Statistics running_mean(f, doubles), running_variance(f, doubles, 1);
+  Averages averages{};
+  averages.view = v, averages.mean = mean.values, averages.variance = variance.values;
+  averages.count = counts.values, averages.square_count = squares.values;
+  averages.unbiased = true, averages.momentum = 0.5, averages.epsilon = 1e-3;
+  averages.running_mean = running_mean.values, averages.running_variance = running_variance.values;
+  track(averages);
+  Statistics scale(all, doubles, 0.5), shift(all, doubles, -0.5), plain(all, doubles), product(all, doubles);
+  kernels().moments({type, v, x.data(), mean.values, variance.values, p.weights});
+  kernels().normalize({type, v, x.data(), y.data(), mean.values, scale.values, shift.values, p.weights});
+  kernels().gradient_sums({type, v, x.data(), dy.data(), mean.values, plain.values, product.values, p.weights});
+  kernels().gradient_combine(
+      {type, v, x.data(), dy.data(), dx.data(), mean.values, scale.values, shift.values, shift.values, p.weights});
+}
+
+// With as many samples more as there are groups, but one.
+View uneven(View v) {
+  if (!v.grouped_parameters && v.rows > 0) v.rows += (v.groups - 1) * v.span;
+  return v;
+}
+
 const Type types[] = {Type::float32, Type::float64, Type::float16, Type::bfloat16};
 
 // Some below and some above the size from which threads are used, of widths that are no multiples of a vector.
@@ -216,7 +333,8 @@ void at_once() {
     callers.emplace_back([&, k] {
       for (unsigned round = 0; round < 4; round++)
         for (size_t i = 0; i < large.size(); i++)
-          exercise(large[(i + k) % large.size()], types[(round + k) % 4], round);
+          exercise(large[(i + k) % large.size()], types[(round + k) % 4], round),
+              exercise_weights(uneven(large[(i + k) % large.size()]), types[(round + k) % 4], round);
     });
   std::thread changing([&] {
     for (int i = 0; !stop; i++) {
@@ -268,6 +386,7 @@ int main(int count, char** arguments) {
         }
         set_num_threads(threads);
         exercise(view, types[seed % 4], seed);
+        for (unsigned k = 0; k < 3; k++) exercise_weights(k ? uneven(view) : view, types[(seed + k) % 4], seed + 5 * k);
         if (view.size() < 2000 || view.size() > 30000)
           for (unsigned k = 1; k < 4; k++) exercise(view, types[(seed + k) % 4], seed + k);
         seed++;

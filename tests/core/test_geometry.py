@@ -230,11 +230,11 @@ def test_every_value_is_in_the_group_and_feature_that_the_kernels_see_it_in(
             assert group[index] == (0 if size is None else index[0] % view.groups)
 
 
-def test_what_lies_too_far_apart_or_is_uneven_is_not_for_the_kernels() -> None:
+def test_what_lies_too_far_apart_is_not_for_the_kernels_and_uneven_groups_are() -> None:
     assert plan((2, 3, 4, 5, 6), (1, 3), None).view((2, 3, 4, 5, 6)) == View(24, 3, 4, 5, 6, True)
     assert plan((2, 3, 4, 5, 6), (0, 2, 4), None).view((2, 3, 4, 5, 6)) is None
     assert plan((4, 3, 4, 5), (1, 3), 2).view((4, 3, 4, 5)) is None
-    assert plan((7, 3), -1, 3).view((7, 3)) is None
+    assert plan((7, 2, 3), -1, 3).view((7, 2, 3)) == View(14, 3, 2, 3, 1)
     assert plan((7, 3), -1, 3).whole.view((7, 3)) == View(7, 1, 1, 3, 1)
 
 

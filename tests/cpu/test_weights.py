@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -27,16 +28,13 @@ from .cases import (
     View,
     along,
     backward,
+    by_parameter,
     check,
     drawn,
     forward,
-    gradient_combine,
-    gradient_sums,
     kernel,
     kinds,
     like,
-    moments,
-    normalize as normalized,
     options,
     raw,
     same,
@@ -131,8 +129,8 @@ class Exact(NamedTuple):
 
     mean: Array
     variance: Array
-    count: Array
-    square_count: Array
+    total: Array
+    squares: Array
 
 
 def measured(x: Array, weights: Array, view: View) -> Exact:
@@ -211,8 +209,8 @@ def test_a_step_with_weights_is_the_formula_with_every_option(
     true = measured(x, w, view)
     check(found.mean, true.mean, near, 1.0)
     check(found.variance, true.variance, near, 1.0)
-    check(count, true.count[: len(count), 0], 1e-6)
-    check(square_count, true.square_count[: len(count), 0], 1e-6)
+    check(count, true.total[: len(count), 0], 1e-6)
+    check(square_count, true.squares[: len(count), 0], 1e-6)
 
     values = np.where(live, x.astype(np.float64).reshape(live.shape), 0.0)
     sigma = np.sqrt(true.variance + EPSILON)
@@ -223,8 +221,8 @@ def test_a_step_with_weights_is_the_formula_with_every_option(
         floor = np.maximum(o.renorm[1].astype(np.float64), np.sqrt(EPSILON))
         average = [moment.ravel() for moment in true[:2]]
         if not view.grouped_parameters:
-            total = true.count.sum(axis=0)
-            share = true.count / np.where(total > 0, total, 1)
+            total = true.total.sum(axis=0)
+            share = true.total / np.where(total > 0, total, 1)
             average = [(moment * share).sum(axis=0) for moment in true[:2]]
         r = np.clip(np.sqrt(average[1] + EPSILON) / floor, *o.limits[:2])
         d = np.clip((average[0] - o.renorm[0]) / floor, -o.limits[2], o.limits[2])
@@ -254,19 +252,15 @@ def test_a_step_with_weights_is_the_formula_with_every_option(
     np.add.at(sums, group_of_row(view), up.sum(axis=2))
     np.add.at(products, group_of_row(view), (up * normal).sum(axis=2))
     np.add.at(size, group_of_row(view), (np.abs(up) * (1 + np.abs(normal))).sum(axis=2))
-    number = np.where(true.count > 0, true.count, 1)
+    number = np.where(true.total > 0, true.total, 1)
     k = by_row(factor, view) * by_row(r, view) / by_row(sigma, view)
     dx = k * (up - w * (by_row(sums / number, view) + normal * by_row(products / number, view)))
     bound = np.abs(k) * (np.abs(up) + w * by_row(size / number, view) * (1 + np.abs(normal)) + np.abs(normal))
     check(gradients.dx, dx, max(NEAR[dtype.name], 1e-11 if exact else 5e-5), bound)
-    shape = (-1,) if view.grouped_parameters else view.statistics
-    r, d = (value.reshape(-1, view.features) for value in (r, d))
-    dfactor, doffset, size = (
-        value.reshape(shape) if view.grouped_parameters else value.sum(axis=0)
-        for value in (products * r + sums * d, sums, size * (np.abs(r) + np.abs(d)))
-    )
-    check(gradients.dfactor, dfactor, 1e-10 if exact else 2e-5, size * 4 + 1)
-    check(gradients.doffset, doffset, 1e-10 if exact else 2e-5, size * 4 + 1)
+    by_r, by_d = r.reshape(-1, view.features), d.reshape(-1, view.features)
+    size = by_parameter(size * (np.abs(by_r) + np.abs(by_d)), view) * 4 + 1
+    check(gradients.dfactor, by_parameter(products * by_r + sums * by_d, view), 1e-10 if exact else 2e-5, size)
+    check(gradients.doffset, by_parameter(sums, view), 1e-10 if exact else 2e-5, size)
 
 
 @settings(max_examples=60)
@@ -332,7 +326,9 @@ def test_a_mask_of_ones_changes_nothing_but_rounding(
 
 
 @pytest.mark.parametrize("factor", [0.1, 10.0])
-@pytest.mark.parametrize("view", [View(63, 1, 1, 5, 1), View(63, 3, 1, 5, 1), View(12, 2, 3, 3, 70), View(66, 3, 2, 5, 1, True)])
+@pytest.mark.parametrize(
+    "view", [View(63, 1, 1, 5, 1), View(63, 3, 1, 5, 1), View(12, 2, 3, 3, 70), View(66, 3, 2, 5, 1, True)]
+)
 def test_weights_may_be_scaled_without_changing_anything(view: View, factor: float) -> None:
     random = np.random.default_rng(0)
     x, dy = drawn(view, TYPES[1], 0), drawn(view, TYPES[1], 1)
@@ -360,9 +356,11 @@ def test_weights_may_be_scaled_without_changing_anything(view: View, factor: flo
 )  # fmt: skip
 def test_gradients_with_weights_are_those_of_finite_differences(view: View, kind: Any, zeroed: bool) -> None:
     random = np.random.default_rng(0)
-    o = Options(*(random.uniform(0.5, 2, view.parameters) for _ in range(2)))
+    o = Options(random.uniform(0.5, 2, view.parameters), random.uniform(0.5, 2, view.parameters))
     x, dy = random.normal(3, 2, view.size), random.normal(size=view.size)
-    weighing = Weighing(random.choice([0, 1] if kind is np.bool_ else [0, 1, 0.5], positions(view)).astype(kind), zeroed)
+    weighing = Weighing(
+        random.choice([0, 1] if kind is np.bool_ else [0, 1, 0.5], positions(view)).astype(kind), zeroed
+    )
     live = np.ascontiguousarray(spread(weighing.array, view) > 0).reshape(-1)
     if not zeroed:  # outputs there depend on moments that they have no part in; gradients leave that out
         dy[~live] = 0
@@ -416,8 +414,11 @@ def test_a_step_is_that_of_the_oracle_and_of_the_core(
             given[:: plan.split(shape)[1] if size else 2] = 0
         elif weights == "nothing":
             given[:] = 0
-    oracle = Oracle.build(shape, axis, renorm=renorm, virtual_batch_size=size, bessel=not renorm, masked=masked, rmin=0.5, rmax=2.0, dmax=1.0,
-                          initial={n: random.uniform(0.5, 2, np.prod(plan.feature_sizes)) for n in ("gamma", "beta", "moving_mean", "moving_variance")})  # fmt: skip
+    names = ("gamma", "beta", "moving_mean", "moving_variance")
+    oracle = Oracle.build(
+        shape, axis, renorm=renorm, virtual_batch_size=size, bessel=not renorm, masked=masked, rmin=0.5, rmax=2.0,
+        dmax=1.0, initial={n: random.uniform(0.5, 2, math.prod(plan.feature_sizes)) for n in names},
+    )  # fmt: skip
     x, dy = random.normal(3, 2, shape), random.normal(size=shape)
     live = np.broadcast_to(True if given is None else given > 0, shape)
     x[~live] = 7
@@ -433,7 +434,7 @@ def test_a_step_is_that_of_the_oracle_and_of_the_core(
     y, dx, mean, variance = np.empty(shape), np.empty(shape), *(np.empty((view.groups, view.features)) for _ in "mv")
     count, square_count = np.empty(view.virtual_batches), np.empty(view.virtual_batches)
     r, d, dfactor, doffset = (np.empty(view.parameters) for _ in range(4))
-    weighing = {} if given is None else {"zeroed": masked == "zero"}
+    weighing: dict[str, Any] = {} if given is None else {"zeroed": masked == "zero"}
     if given is not None:
         weighing |= {"weights": given} if weights == "real" else {"mask": given > 0}
     corrected = {"r": r, "d": d} if renorm else {}
@@ -460,14 +461,18 @@ def test_a_step_is_that_of_the_oracle_and_of_the_core(
         given_core |= {"weights": given, "masked": masked}
     trained = normalize.train(
         xp, x, plan, oracle.epsilon, **given_core,
-        renorm=Renorm(*pair.values(), Clipping(0.5, 2.0, 1.0)) if renorm else None,
+        renorm=Renorm(pair["renorm_mean"], pair["renorm_stddev"], Clipping(0.5, 2.0, 1.0)) if renorm else None,
     )  # fmt: skip
     composed = normalize.train_gradient(xp, dy, trained, plan, oracle.epsilon, **given_core)
     np.testing.assert_allclose(y, trained.y, atol=1e-11)
     np.testing.assert_allclose(dx, composed.x, atol=1e-11)
 
     averages = {"running_mean": "moving_mean", "running_variance": "moving_variance", "running_stddev": "moving_stddev"}
-    moved = {n: variables[averages.get(n, n)].copy() for n in (*averages, "renorm_mean", "renorm_stddev") if averages.get(n, n) in variables}
+    moved = {
+        n: variables[averages.get(n, n)].copy()
+        for n in (*averages, "renorm_mean", "renorm_stddev")
+        if averages.get(n, n) in variables
+    }
     of.move_averages(
         mean=mean, variance=variance, **moved, momentum=1 - oracle.momentum, unbiased=True,
         renorm_momentum=1 - oracle.renorm_momentum,
@@ -508,7 +513,11 @@ def test_uneven_groups_are_each_as_a_batch_of_its_own(
         slope = backward(own, alone, up, statistics, o)
         bound = 8 / np.sqrt(along(single.variance, own) + EPSILON)
         check(slopes.dx.reshape(shape)[rows].reshape(-1), slope.dx, near, float(bound.max()) * 8)
-        totals += [slope.dfactor, slope.doffset, *(np.abs(up.astype(np.float64).reshape(-1, view.features, view.inner)).sum(axis=(0, 2)),) * 2]
+        totals += [
+            slope.dfactor,
+            slope.doffset,
+            *(np.abs(up.astype(np.float64).reshape(-1, view.features, view.inner)).sum(axis=(0, 2)),) * 2,
+        ]
     check(slopes.dfactor, totals[0], 5e-5, totals[2] * 16 + 1)
     check(slopes.doffset, totals[1], 5e-5, totals[3] * 16 + 1)
 
@@ -601,10 +610,10 @@ def test_masks_and_weights_are_checked_at_the_boundary(operation: str) -> None:
             call(**given, mask=np.ones(size, bool))
         with pytest.raises(ValueError, match=f"weights must have 24 elements; received {size}"):
             call(**given, weights=np.ones(size, np.float32))
-    for kind in (np.int8, np.int32, np.float32):
+    for kind in ("int8", "int32", "float32"):
         with pytest.raises(TypeError, match="mask must be bool or uint8"):
             call(**given, mask=np.ones(24, kind))
-    for kind in (np.bool_, np.float16, np.int32):
+    for kind in ("bool", "float16", "int32"):
         with pytest.raises(TypeError, match="weights must be float32 or float64"):
             call(**given, weights=np.ones(24, kind))
     with pytest.raises(ValueError, match="exclude"):
@@ -627,9 +636,27 @@ def test_what_goes_with_weights_is_refused_without_them() -> None:
         of.move_averages(mean=np.ones(8), variance=np.ones(8), momentum=0.1, count=np.ones(2))
     with pytest.raises(ValueError, match="count must have 2 elements"):
         of.forward(**arguments("forward"), mask=np.ones(24, bool), count=np.ones(3))
+    shared = np.ones(24, np.float32)
     with pytest.raises(ValueError, match="overlap"):
-        shared = np.ones(24, np.float32)
         of.forward(**{**arguments("forward"), "mean": shared[:8]}, weights=shared)
+
+
+def test_addresses_of_weights_are_checked_for_what_they_can_tell() -> None:
+    of, values = kernel(VIEW, TYPES[0]), np.ones(VIEW.size, np.float32)
+    arrays = dict.fromkeys(("x", "y", "mean", "variance"), values.ctypes.data)
+    refused: list[tuple[dict[str, Any], str]] = [
+        ({"mask": 1, "weights": 1, "count": 1, "square_count": 1}, "exclude"),
+        ({"zeroed": True}, "zeroed goes with"),
+        ({"mask": 1}, "count has no memory"),
+        ({"mask": 1, "count": 1}, "square_count has no memory"),
+    ]
+    for wrong, message in refused:
+        with pytest.raises(ValueError, match=message):
+            of.forward_at(threads=1, **arrays, **wrong)
+    arrays = dict.fromkeys(("x", "dy", "dx", "mean", "variance"), values.ctypes.data)
+    with pytest.raises(ValueError, match="count has no memory"):
+        of.backward_at(threads=1, **arrays, weights=1)
+    assert (values == 1).all()
 
 
 def test_a_view_has_whole_samples_and_at_least_one_for_each_group() -> None:

@@ -86,7 +86,7 @@ def test_a_tensor_without_memory_is_refused(operator: str, name: str) -> None:
         ({"axes": [1, 1]}, ValueError, "axis must name each axis once"),
         ({"virtual_batch_size": 0}, ValueError, "virtual_batch_size must be None or at least 1"),
         ({"virtual_batch_size": -2}, ValueError, "virtual_batch_size must be None or at least 1"),
-        ({"virtual_batch_size": 3}, ValueError, "must divide the batch"),
+        ({"axes": [1, 3], "virtual_batch_size": 4}, ValueError, "two runs of axes at most, one with virtual batches;"),
         ({"epsilon": -1.0}, ValueError, "epsilon must be finite and at least 0"),
         ({"epsilon": float("nan")}, ValueError, "epsilon must be finite and at least 0"),
         ({"axes": [0]}, ValueError, "must have"),

@@ -192,7 +192,7 @@ def _kernel(
     view = geometry.plan(shape, axes, virtual_batch_size).view(shape)
     if view is None:
         raise ValueError(
-            f"axes must be of two runs of axes at most, one with virtual batches, which must divide the batch; "
+            f"axes must be of two runs of axes at most, one with virtual batches; "
             f"received {axes}, virtual_batch_size={virtual_batch_size} and shape {tuple(shape)}."
         )
     return view, cpu.kernel(view, str(dtype).removeprefix("torch."), epsilon)

@@ -85,7 +85,8 @@ def test_steps_gradients_and_inference_are_those_of_loops(
         expected = oracle.gradients(x, dy, used, oracle.adjust(sizes), weights)
         y, gradient = layer.vjp(x.astype(dtype), training=True, mask=mask)
         near(y, oracle.train(x, weights), dtype)
-        assert layer.kernel == ("composed" if options in ("composed", "adjustment") else "cpu")
+        apart = shape == "axes apart" and "virtual" in options  # too many groups for the kernels
+        assert layer.kernel == ("composed" if apart or options in ("composed", "adjustment") else "cpu")
         found = gradient(dy)
         near(found.inputs, expected.x, dtype)
         for name in ("gamma", "beta"):

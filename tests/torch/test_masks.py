@@ -189,7 +189,8 @@ def test_steps_gradients_and_evaluation_are_those_of_loops(
             assert mask_name != "nothing" or (value == before[name]).all()
         assert layer.num_batches_tracked == counted + (mask_name != "nothing")
         assert y.stride() == leaf.stride()
-        assert layer.kernel == ("composed" if options_name == "composed" else "cpu")
+        apart = shape_name == "axes apart" and "virtual_batch_size" in options  # too many groups for the kernels
+        assert layer.kernel == ("composed" if apart or options_name == "composed" else "cpu")
     layer.eval()
     evaluated = layer(torch.from_numpy(x).to(dtype), mask=mask)
     np.testing.assert_allclose(evaluated.detach().numpy(), oracle.infer(x, weights), **near)

@@ -242,14 +242,15 @@ void run(const Backward& p) {
     read(p.mean, 0, v.features, by.of[0]);
     layout.spread(layout.all(), by.of[0]);
     sum_whole(layout, arrays, by.of[0], [&](int64_t c, int64_t n, const double* sum, const double* centered) {
-      double factor[FEATURES], dy_total[FEATURES], normalized_total[FEATURES];
+      double factor[FEATURES], mean[FEATURES], dy_total[FEATURES], normalized_total[FEATURES];
       Value variance[FEATURES];
       fill(dy_total, n, 0.0);
       fill(normalized_total, n, 0.0);
+      read(p.mean, c, n, mean);
       read(p.variance, c, n, variance);
       combined(p, c, n, factor);
-      gradient_coefficients(n, counts(0), p.epsilon, factor, variance, sum, centered, by.of[1] + c, by.of[2] + c,
-                            by.of[3] + c, dy_total, normalized_total);
+      gradient_coefficients(n, counts(0), p.epsilon, factor, mean, by.of[0] + c, variance, sum, centered, by.of[1] + c,
+                            by.of[2] + c, by.of[3] + c, dy_total, normalized_total);
       parameter_gradients(p, c, n, dy_total, normalized_total);
     });
     for (int k = 1; k < 4; k++) layout.spread(layout.all(), by.of[k]);
@@ -262,7 +263,7 @@ void run(const Backward& p) {
     each_part(layout, [&](const Part& part, int64_t task) {
       Scratch scratch;
       int64_t n = part.features(), columns = layout.columns(part);
-      double* factor = scratch.take<double>(n);
+      double *factor = scratch.take<double>(n), *mean = scratch.take<double>(n);
       Value* variance = scratch.take<Value>(n);
       Numbers<double, 2> sums(scratch, columns), totals(scratch, n);
       Numbers<Value, 4> by(scratch, columns);
@@ -270,13 +271,15 @@ void run(const Backward& p) {
       for (int64_t g = part.begin_group; g < part.end_group; g++) {
         int64_t i = g * layout.features + part.begin_feature;
         if (g == part.begin_group || v.grouped_parameters) combined(p, i, n, factor);
+        read(p.mean, i, n, mean);
         read(p.mean, i, n, by.of[0]);
         read(p.variance, i, n, variance);
         layout.spread(part, by.of[0]);
         layout.template sums<GradientSumsFormula>(arrays, g, part, by.of[0], sums.of[0], sums.of[1]);
         layout.each_count(part, g, [&](int64_t k, int64_t m, int64_t counted) {
-          gradient_coefficients(m, counts(counted), p.epsilon, factor + k, variance + k, sums.of[0] + k, sums.of[1] + k,
-                                by.of[1] + k, by.of[2] + k, by.of[3] + k, totals.of[0] + k, totals.of[1] + k);
+          gradient_coefficients(m, counts(counted), p.epsilon, factor + k, mean + k, by.of[0] + k, variance + k,
+                                sums.of[0] + k, sums.of[1] + k, by.of[1] + k, by.of[2] + k, by.of[3] + k,
+                                totals.of[0] + k, totals.of[1] + k);
         });
         for (int k = 1; k < 4; k++) layout.spread(part, by.of[k]);
         layout.template map<GradientCombineFormula>(arrays, g, part, by.of);

@@ -168,7 +168,8 @@ class Checked {
     refuse_type(std::string(name) + " must be float32 or float64");
   }
   void note(Extent extent) {
-    if (count_ < LIMIT) noted_[count_++] = extent;
+    if (count_ == LIMIT) refuse("a call has too many arrays");
+    noted_[count_++] = extent;
   }
   void written(Extent extent, const char* name) {
     for (int i = 0; i < count_; i++)
@@ -177,7 +178,7 @@ class Checked {
     note(extent);
   }
 
-  static constexpr int LIMIT = 16;  // arrays of a call
+  static constexpr int LIMIT = 24;  // arrays of a call
   const Kernel& kernel_;
   Extent noted_[LIMIT];
   int count_ = 0;
@@ -354,7 +355,7 @@ void gradient_combine(const Kernel& kernel, const In& x, const In& dy, const Out
 }
 
 // ---- By address, 0 for what is absent. Arrays are of the kernel's type, numbers by feature double where that is
-// double and float elsewhere.
+// double and float elsewhere; moments are always double, for a float that holds a mean loses what the gradient wants.
 
 void* address(uintptr_t value, bool needed, const char* name) {
   if (needed && value == 0) refuse(std::string(name) + " has no memory");
@@ -386,8 +387,8 @@ void forward_at(const Kernel& kernel, int64_t threads, uintptr_t x, uintptr_t y,
   p.epsilon = kernel.epsilon;
   p.x = address(x, values, "x");
   p.y = address(y, values, "y");
-  p.mean = numbers(mean, true, "mean");
-  p.variance = numbers(variance, true, "variance");
+  p.mean = {address(mean, true, "mean"), true};
+  p.variance = {address(variance, true, "variance"), true};
   p.factor = numbers(factor, false, "factor");
   p.offset = numbers(offset, false, "offset");
   p.renorm_mean = numbers(renorm_mean, renorm, "renorm_mean");
@@ -426,8 +427,8 @@ void backward_at(const Kernel& kernel, int64_t threads, uintptr_t x, uintptr_t d
   p.x = address(x, values, "x");
   p.dy = address(dy, values, "dy");
   p.dx = address(dx, values, "dx");
-  p.mean = numbers(mean, true, "mean");
-  p.variance = numbers(variance, true, "variance");
+  p.mean = {address(mean, true, "mean"), true};
+  p.variance = {address(variance, true, "variance"), true};
   p.factor = numbers(factor, false, "factor");
   p.r = numbers(r, renorm, "r");
   p.d = numbers(d, renorm, "d");

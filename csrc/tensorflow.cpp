@@ -152,6 +152,13 @@ class Computation {
     return TF_TensorData(tensor);
   }
 
+  // Means or variances, which are double whatever the type: a float that holds a mean loses what the gradient wants.
+  Values moments(int i, int64_t count, const char* name) { return {numbers(i, count, name, false).data, true}; }
+  Values output_moments(int i) {
+    int64_t shape[2] = {view.groups, view.features};
+    return {allocate(i, DOUBLE, shape, 2, 8), true};
+  }
+
   // An input with a number of elements, or with none, which stands for an absent one.
   Values numbers(int i, int64_t count, const char* name, bool optional = true) {
     TF_Tensor* tensor = take(i);
@@ -178,10 +185,9 @@ class Computation {
     *data = forwarded == candidate ? TF_TensorData(tensor) : input(candidate);
     return TF_TensorData(tensor);
   }
-  Values output_numbers(int i, int64_t rows, int64_t columns) {
-    int64_t shape[2] = {rows, columns};
+  Values output_numbers(int i, int64_t count) {
     bool doubles = a_.statistics == DOUBLE;
-    return {allocate(i, a_.statistics, rows < 0 ? shape + 1 : shape, rows < 0 ? 1 : 2, doubles ? 8 : 4), doubles};
+    return {allocate(i, a_.statistics, &count, 1, doubles ? 8 : 4), doubles};
   }
 
   View view{};
@@ -266,11 +272,11 @@ void forward(void* kernel, TF_OpKernelContext* context) {
   p.renorm_stddev = c.numbers(4, parameters, "renorm_stddev");
   Values numbers = c.numbers(5, 4, "numbers", false);
   p.y = c.output(0);
-  p.mean = c.output_numbers(1, c.view.groups, c.view.features);
-  p.variance = c.output_numbers(2, c.view.groups, c.view.features);
+  p.mean = c.output_moments(1);
+  p.variance = c.output_moments(2);
   int64_t corrected = p.renorm_mean ? parameters : 0;
-  p.r = c.output_numbers(3, -1, corrected);
-  p.d = c.output_numbers(4, -1, corrected);
+  p.r = c.output_numbers(3, corrected);
+  p.d = c.output_numbers(4, corrected);
   if (!c.ok()) return;
   if (static_cast<bool>(p.renorm_mean) != static_cast<bool>(p.renorm_stddev))
     return c.refuse("renorm_mean and renorm_stddev go together");
@@ -299,13 +305,13 @@ void backward(void* kernel, TF_OpKernelContext* context) {
   if (!c.ok()) return;
   int64_t parameters = c.view.parameters(), statistics = c.view.statistics();
   Values numbers = c.numbers(2, 4, "numbers", false);
-  p.mean = c.numbers(3, statistics, "mean", false);
-  p.variance = c.numbers(4, statistics, "variance", false);
+  p.mean = c.moments(3, statistics, "mean");
+  p.variance = c.moments(4, statistics, "variance");
   p.factor = c.numbers(5, parameters, "factor");
   p.r = c.numbers(6, parameters, "r");
   p.d = c.numbers(7, parameters, "d");
-  p.dfactor = c.output_numbers(1, -1, parameters);
-  p.doffset = c.output_numbers(2, -1, parameters);
+  p.dfactor = c.output_numbers(1, parameters);
+  p.doffset = c.output_numbers(2, parameters);
   if (!c.ok()) return;
   if (static_cast<bool>(p.r) != static_cast<bool>(p.d)) return c.refuse("r and d go together");
   if (c.view.size() == 0) {
@@ -350,8 +356,9 @@ struct Registration {
         TF_ShapeInferenceContextSetOutput == nullptr)
       return;
     define("BatchnormForward", {"x: T", "factor: U", "offset: U", "renorm_mean: U", "renorm_stddev: U", "numbers: U"},
-           {"y: T", "mean: U", "variance: U", "r: U", "d: U"}, forward);
-    define("BatchnormBackward", {"x: T", "dy: T", "numbers: U", "mean: U", "variance: U", "factor: U", "r: U", "d: U"},
+           {"y: T", "mean: double", "variance: double", "r: U", "d: U"}, forward);
+    define("BatchnormBackward",
+           {"x: T", "dy: T", "numbers: U", "mean: double", "variance: double", "factor: U", "r: U", "d: U"},
            {"dx: T", "dfactor: U", "doffset: U"}, backward);
   }
 } registration;

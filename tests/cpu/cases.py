@@ -173,7 +173,7 @@ class Forward(NamedTuple):
 
 def forward(view: View, x: Array, kind: Any = np.float32, given: Options | None = None) -> Forward:
     o = given or Options()
-    y, mean, variance = like(x), np.empty(view.statistics, kind), np.empty(view.statistics, kind)
+    y, mean, variance = like(x), np.empty(view.statistics), np.empty(view.statistics)
     r, d = (None, None) if o.renorm is None else (np.empty(view.parameters, kind), np.empty(view.parameters, kind))
     average, stddev = o.renorm or (None, None)
     rmin, rmax, dmax = o.limits
@@ -191,7 +191,7 @@ class Backward(NamedTuple):
 
 
 def backward(view: View, x: Array, dy: Array, result: Forward, given: Options | None = None) -> Backward:
-    o, kind = given or Options(), result.mean.dtype
+    o, kind = given or Options(), np.float64 if x.dtype == np.float64 else np.float32
     dx, dfactor, doffset = like(x), np.empty(view.parameters, kind), np.empty(view.parameters, kind)
     kernel(view, x.dtype).backward(
         x=raw(x), dy=raw(dy), dx=raw(dx), mean=result.mean, variance=result.variance, factor=o.factor, r=result.r,

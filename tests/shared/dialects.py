@@ -39,6 +39,10 @@ class Dialect:
     def __call__(self, x: Array, training: bool) -> Output:
         raise NotImplementedError
 
+    def gradients(self, x: Array, dy: Array) -> list[Array]:
+        """Those of a training step for x, gamma and beta."""
+        raise NotImplementedError
+
 
 class NumPy(Dialect):
     def __init__(self, shape: tuple[int, ...], variables: Variables, **options: Any) -> None:
@@ -50,6 +54,10 @@ class NumPy(Dialect):
     def __call__(self, x: Array, training: bool) -> Output:
         y = self.layer(x, training=training)
         return Output(y, str(self.layer.kernel))
+
+    def gradients(self, x: Array, dy: Array) -> list[Array]:
+        found = self.layer.vjp(x, training=True)[1](dy)
+        return [found.inputs, np.asarray(found.gamma), np.asarray(found.beta)]
 
 
 class TensorFlow(Dialect):
@@ -66,6 +74,14 @@ class TensorFlow(Dialect):
     def __call__(self, x: Array, training: bool) -> Output:
         y = self.layer(tf.constant(x), training=training)
         return Output(y.numpy(), str(self.layer.kernel))
+
+    def gradients(self, x: Array, dy: Array) -> list[Array]:
+        given = tf.constant(x)
+        with tf.GradientTape() as tape:
+            tape.watch(given)
+            y = self.layer(given, training=True)
+        found = tape.gradient(y, [given, self.layer.gamma, self.layer.beta], tf.constant(dy))
+        return [value.numpy() for value in found]
 
 
 class PyTorch(Dialect):
@@ -96,6 +112,12 @@ class PyTorch(Dialect):
     def __call__(self, x: Array, training: bool) -> Output:
         y = self.layer.train(training)(torch.as_tensor(x))
         return Output(y.detach().numpy(), str(self.layer.kernel))
+
+    def gradients(self, x: Array, dy: Array) -> list[Array]:
+        leaf = torch.as_tensor(x).requires_grad_()
+        y = self.layer.train()(leaf)
+        found = torch.autograd.grad(y, [leaf, self.layer.weight, self.layer.bias], torch.as_tensor(dy))
+        return [value.numpy() for value in found]
 
 
 ALL: tuple[type[Dialect], ...] = (NumPy, TensorFlow, PyTorch)

@@ -80,3 +80,27 @@ def test_training_and_inference_are_right_where_the_mean_is_large_beside_the_spr
         else:
             assert (dialect.__name__, found.kernel) in THEIRS
             assert fused is not False
+
+
+@pytest.mark.parametrize("fused", [None, False], ids=["fastest", "composed"])
+@pytest.mark.parametrize("options", ["plain", "renorm", "virtual batches", "renorm and virtual batches"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dialect", ALL, ids=lambda dialect: dialect.__name__)
+def test_gradients_are_right_where_the_mean_is_large_beside_the_spread(
+    dialect: type[Dialect], layout: str, options: str, fused: bool | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("batchnorm.torch.functional.SMALL", 0)
+    shape, axis = LAYOUTS[layout]["shape"], LAYOUTS[layout]["axis"]
+    rng = np.random.default_rng(0)
+    oracle = Oracle.build(shape, axis, epsilon=EPSILON, **OPTIONS[options])
+    for name, value in oracle.variables.items():
+        low, high = (1e4 - 1, 1e4 + 1) if name.endswith("mean") else (-1, 1) if name == "beta" else (0.7, 1.3)
+        oracle.variables[name] = rng.uniform(low, high, value.shape).astype(np.float32).astype(np.float64)
+    variables = {name: value.astype(np.float32) for name, value in oracle.variables.items()}
+    layer = dialect(shape, variables, axis=axis, epsilon=EPSILON, fused=fused, **OPTIONS[options])
+    x, dy = rng.normal(1e4, 1.0, shape).astype(np.float32), (1 + 0.1 * rng.normal(size=shape)).astype(np.float32)
+    exact = x.astype(np.float64)
+    used = oracle.corrections(oracle.averages(oracle.moments(exact)))
+    expected = oracle.gradients(exact, dy.astype(np.float64), used, None)
+    for found, right in zip(layer.gradients(x, dy), (expected.x, expected.gamma, expected.beta), strict=True):
+        np.testing.assert_allclose(found.reshape(right.shape), right, rtol=2e-5, atol=2e-5)

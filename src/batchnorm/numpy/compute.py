@@ -116,7 +116,7 @@ def _train_cpu(
         flat = normalize.by_feature(xp, plan, (scale, bias))
     factor, offset = normalize.fold(xp, gamma, beta, flat)
     y, shape = _output(raw), (view.groups, view.features)
-    mean, variance = np.empty(shape, dtype), np.empty(shape, dtype)
+    mean, variance = np.empty(shape), np.empty(shape)
     count, squares = np.empty(view.virtual_batches, dtype), np.empty(view.virtual_batches, dtype)
     counts = {"count": count, "square_count": squares}
     weighed = _weighed(weights, dtype, masked)

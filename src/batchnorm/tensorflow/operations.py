@@ -97,7 +97,8 @@ def forward(
     )
     for value in (group_mean, group_variance):
         value.set_shape([None, None])
-    moments = Moments(tf.stop_gradient(group_mean), tf.stop_gradient(group_variance), 1)  # groups of one size
+    mean, variance = (tf.cast(tf.stop_gradient(value), dtype) for value in (group_mean, group_variance))
+    moments = Moments(mean, variance, 1)  # groups of one size
     return y, algebra.average_groups(xp, moments, None if plan.group_axis is None else 0)
 
 

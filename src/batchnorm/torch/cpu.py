@@ -118,12 +118,9 @@ def check(x: Tensor, view: View, **values: Tensor | None) -> None:
         size = sizes.get(name, (2 if name == "correction" else 1) * view.parameters)
         if not value.is_cpu:
             raise ValueError(f"{name} must be on the CPU; received one on {value.device}.")
-        if (
-            value.dtype != x.dtype
-            if name == "dy"
-            else value.dtype != wide(x) and name in ("moments", "correction", "counts")
-        ):
-            raise TypeError(f"{name} must be of {x.dtype if name == 'dy' else wide(x)}; received {value.dtype}.")
+        dtype = {"dy": x.dtype, "moments": torch.float64, "correction": wide(x), "counts": wide(x)}.get(name)
+        if dtype is not None and value.dtype != dtype:
+            raise TypeError(f"{name} must be of {dtype}; received {value.dtype}.")
         if not value.is_floating_point():
             raise TypeError(f"{name} must be of a floating-point type; received {value.dtype}.")
         if value.numel() != size or (name == "dy" and value.shape != x.shape):
@@ -158,7 +155,7 @@ def forward(
     dtype = wide(x)
     x, view, kernel = layout.kernel(x, static.axes, static.virtual_batch_size, static.epsilon)
     y = torch.empty_like(x)
-    moments = torch.empty((2, view.virtual_batches, view.parameters), dtype=dtype, device=x.device)
+    moments = torch.empty((2, view.virtual_batches, view.parameters), dtype=torch.float64, device=x.device)
     mean, variance = _halves(moments)
     factor, offset = _dense(factor, dtype), _dense(offset, dtype)  # which keeps them until the call has ended
     optional, weights = _weighed(weights, dtype)

@@ -68,7 +68,9 @@ def _forward(
         x, factor, offset, renorm_mean, renorm_stddev, weights,
         None if limits is None else tuple(limits.tolist()), static,
     )  # fmt: skip
-    correction, counts = (moments.new_empty((2, 0)) if value is None else value for value in (correction, counts))
+    correction, counts = (
+        moments.new_empty((2, 0), dtype=wide(x)) if value is None else value for value in (correction, counts)
+    )
     return y, moments, correction, counts
 
 
@@ -82,7 +84,7 @@ def _(
     counted = weights is not None or virtual_batch_size is not None
     return (
         _empty_like(x, axes),
-        x.new_empty((2, groups, parameters), dtype=dtype),
+        x.new_empty((2, groups, parameters), dtype=torch.float64),
         x.new_empty((2, 0 if renorm_mean is None else parameters), dtype=dtype),
         x.new_empty((2, groups if counted else 0), dtype=dtype),
     )
@@ -112,7 +114,9 @@ def _backward(
     dx, dfactor, doffset = cpu.backward(
         dy, x, factor, offset, moments.contiguous(), corrected, weights, counted, static
     )
-    dfactor, doffset = (moments.new_empty(0) if gradient is None else gradient for gradient in (dfactor, doffset))
+    dfactor, doffset = (
+        moments.new_empty(0, dtype=wide(x)) if gradient is None else gradient for gradient in (dfactor, doffset)
+    )
     return dx, dfactor, doffset
 
 

@@ -7,7 +7,7 @@ feature axes; they are constants to the gradient.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 from . import algebra, passes
@@ -27,6 +27,7 @@ __all__ = [
     "fold_gradient",
     "infer",
     "infer_gradient",
+    "measure",
     "train",
     "train_gradient",
 ]
@@ -128,6 +129,7 @@ def train(
     adjustment: Pair | None = None,
     renorm: Renorm | None = None,
     correction: Pair | None = None,
+    moments: Moments | None = None,
     weights: Array | None = None,
     masked: Masked = "normalized",
     unbiased: bool = False,
@@ -145,6 +147,7 @@ def train(
         adjustment: a and b, which broadcast to x; not with virtual batches. Or None.
         renorm: The averages to correct by, or None.
         correction: In the place of `renorm` the r and d that it once gave, constants; or None.
+        moments: In the place of the batch's own those to normalize by, of the view; or None.
         weights: How much each value counts, at least 0; or None.
         masked: Whether what weighs nothing is normalized like the rest or becomes 0.
         unbiased: Whether averages move to the unbiased variance, each group's by its own count.
@@ -154,9 +157,12 @@ def train(
         Ioffe & Szegedy, 2015. Ioffe, Batch Renormalization, 2017, algorithm 1. Hoffer et al., 2017 (virtual batches).
     """
     batch = _Batch(xp, x, plan, weights)
-    moments, centered = passes.moments(xp, batch.x, plan.reduced_axes, batch.count, batch.weights)
+    given = moments is not None or merge is not None
+    if moments is None:
+        moments, centered = passes.moments(xp, batch.x, plan.reduced_axes, batch.count, batch.weights)
     if merge is not None:
         moments = merge(moments)
+    if given:
         centered = _live(xp, batch.x - moments.mean - moments.rest, batch.weights)
     stored = moments._replace(variance=algebra.unbiased_variance(xp, moments)) if unbiased else moments
     averaged = algebra.average_groups(xp, stored, plan.group_axis)
@@ -173,6 +179,15 @@ def train(
     affine = algebra.affine(xp, moments, epsilon, correction=corrected, factor=factor, offset=offset)
     y = _normalize(xp, batch.x, moments, centered, affine, batch.weights, masked)
     return Trained(batch.join(y), averaged, moments, corrected, centered)
+
+
+def measure(xp: Namespace, x: Array, axes: Sequence[int]) -> Moments:
+    """Mean and biased variance over some axes, which stay with size 1."""
+    sizes = xp.shape(x)
+    count: Any = 1
+    for axis in axes:
+        count = count * sizes[axis]
+    return passes.moments(xp, x, axes, xp.astype(count, x.dtype))[0]
 
 
 def infer(

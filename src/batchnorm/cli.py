@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 import runpy
 import sys
@@ -21,8 +22,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     run = commands.add_parser(
         "run",
         help="run a TensorFlow 1 script as it is",
-        description="Run SCRIPT as `python SCRIPT ARGS` would, with BatchNormalization and batch_normalization back in "
-        "tf.compat.v1.layers.",
+        description="Run SCRIPT as `python SCRIPT ARGS` would, or with -m a module as `python -m` would, with "
+        "BatchNormalization and batch_normalization back in tf.compat.v1.layers. If tf_keras is installed, the other "
+        "layers of TensorFlow 1 are there, too.",
+    )
+    run.add_argument("-m", dest="module", action="store_true", help="SCRIPT is the name of a module")
+    run.add_argument(
+        "--fused",
+        action="store_true",
+        help="use our kernels also in graphs whose `training` is a tensor, as install(fused=True) does",
     )
     run.add_argument("script", metavar="SCRIPT")
     run.add_argument("arguments", metavar="ARGS", nargs=argparse.REMAINDER)
@@ -41,12 +49,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     if rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    return _run(options.script, options.arguments)
+    return _run(options.script, options.arguments, options.module, options.fused or None)
 
 
-def _run(script: str, arguments: list[str]) -> int:
-    if not os.path.isfile(script):
-        print(f"batchnorm run: no script at {script!r}", file=sys.stderr)
+def _run(script: str, arguments: list[str], module: bool, fused: bool | None) -> int:
+    if importlib.util.find_spec("tf_keras") is not None:
+        os.environ.setdefault(
+            "TF_USE_LEGACY_KERAS", "1"
+        )  # read when TensorFlow is imported, by a package of -m or here
+    sys.path.insert(0, os.getcwd() if module else os.path.dirname(os.path.abspath(script)))
+    if not (_is_module(script) if module else os.path.isfile(script)):
+        print(f"batchnorm run: no {'module' if module else 'script at'} {script!r}", file=sys.stderr)
         return 2
     try:
         from .tensorflow import install
@@ -55,8 +68,34 @@ def _run(script: str, arguments: list[str]) -> int:
             raise
         print('batchnorm run needs TensorFlow: pip install "batchnorm[tensorflow]"', file=sys.stderr)
         return 2
-    install()
+    install(fused=fused)
     sys.argv = [script, *arguments]
-    sys.path.insert(0, os.path.dirname(os.path.abspath(script)))
-    runpy.run_path(script, run_name="__main__")
+    try:
+        if module:
+            runpy.run_module(script, run_name="__main__", alter_sys=True)
+        else:
+            runpy.run_path(script, run_name="__main__")
+    except (AttributeError, ImportError) as error:
+        hint = _hint(str(error))
+        if hint:
+            error.args = (f"{error}\n\nbatchnorm run: {hint}",)
+            if isinstance(error, ImportError):
+                error.msg = error.args[0]  # which it prints
+        raise
     return 0
+
+
+def _is_module(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError:  # the package that it would be in
+        return False
+
+
+def _hint(message: str) -> str | None:
+    """What to do about a part of TensorFlow 1 that a script has not found."""
+    if any(part in message for part in ("tensorflow.contrib", "'contrib'", "tensorflow.estimator", "'estimator'")):
+        return "TensorFlow 2 has no tf.contrib, and today's no tf.estimator; no package brings them back."
+    if importlib.util.find_spec("tf_keras") is None and ("Keras 3" in message or "tensorflow" in message):
+        return 'the other layers and the cells of TensorFlow 1 come with pip install "batchnorm[tensorflow1]".'
+    return None

@@ -378,6 +378,26 @@ SHARES: dict[str, list[int]] = {
 }
 
 
+@pytest.mark.parametrize("size", [None, 3])
+def test_moments_that_are_given_take_the_place_of_the_batch_s_own(xp: Arrays, size: int | None) -> None:
+    x = np.random.default_rng(0).normal(2.0, 3.0, (6, 4, 3))
+    plan = geometry.plan(x.shape, -1, size)
+    view = xp.array(x.reshape(plan.split(x.shape)))
+    measured = normalize.measure(xp.namespace, view, plan.reduced_axes)
+    mean, variance = (xp.numpy(value) for value in measured[:2])
+    np.testing.assert_allclose(mean, xp.numpy(view).mean(plan.reduced_axes, keepdims=True), rtol=1e-9)
+    np.testing.assert_allclose(variance, xp.numpy(view).var(plan.reduced_axes, keepdims=True), rtol=1e-9)
+    own = normalize.train(xp.namespace, xp.array(x), plan, EPSILON)
+    same = normalize.train(xp.namespace, xp.array(x), plan, EPSILON, moments=measured)
+    np.testing.assert_allclose(xp.numpy(same.y), xp.numpy(own.y), atol=1e-9)
+    other = Moments(measured.mean + 1.0, measured.variance * 4.0, 1)
+    given = normalize.train(xp.namespace, xp.array(x), plan, EPSILON, moments=other)
+    expected = ((xp.numpy(view) - mean - 1) / np.sqrt(4 * variance + EPSILON)).reshape(x.shape)
+    np.testing.assert_allclose(xp.numpy(given.y), expected, atol=1e-9)
+    averaged = np.mean(mean + 1, axis=1, keepdims=True) if size else mean + 1
+    np.testing.assert_allclose(xp.numpy(given.averaged.mean), averaged, atol=1e-9)
+
+
 def collective(arrays: Arrays, mine: int, others: list[Moments]) -> Callable[[Moments], Moments]:
     """Put moments of one replica together with those of all others, as an all-gather would."""
     xp = arrays.namespace

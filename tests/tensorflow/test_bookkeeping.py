@@ -82,6 +82,31 @@ def operations_carry_the_scope_of_the_layer(module: Any) -> Any:
 
 
 @program
+def updates_have_the_names_that_programs_filter_by(module: Any) -> Any:
+    x = v1.placeholder(tf.float32, [None, 4, 4, 3])
+    variants: list[dict[str, Any]] = [{}, {"fused": False}, {"axis": [1, 3]}]
+    with v1.variable_scope("generator"):
+        for index, options in enumerate(variants):
+            module.batch_normalization(x, training=True, name=f"bn_{index}", **options)
+        module.batch_normalization(x, training=v1.placeholder(tf.bool, []), name="either")
+    found = []
+    for update in v1.get_collection(v1.GraphKeys.UPDATE_OPS):
+        generator, layer, kind, *_ = update.name.split("/")
+        found.append((generator, layer, kind))
+    return found
+
+
+@program
+def updates_of_a_tower_are_found_by_its_name_scope(module: Any) -> Any:
+    with v1.variable_scope(v1.get_variable_scope()) as scope:
+        for tower in range(2):
+            with tf.name_scope(f"tower_{tower}"):
+                module.batch_normalization(tf.zeros([2, 3]), training=True, name="bn")
+                scope.reuse_variables()
+    return [len(v1.get_collection(v1.GraphKeys.UPDATE_OPS, f"tower_{tower}")) for tower in range(2)], collections()
+
+
+@program
 def reuse_shares_variables_and_penalties(module: Any) -> Any:
     def layer(reuse: Any) -> None:
         module.batch_normalization(
@@ -431,6 +456,54 @@ def test_configurations_of_the_original_are_understood(original: Any) -> None:
         layer.build([None, 3])
     assert layer.renorm
     assert layer.gamma_initializer.get_config()["value"] == 2.0
+
+
+def test_attributes_may_be_set_and_count_from_the_next_call(original: Any) -> None:
+    x = np.random.default_rng(0).normal(3.0, 2.0, (8, 3)).astype(np.float32)
+    adjustment = lambda shape: (tf.fill(shape[-1:], 1.5), tf.fill(shape[-1:], 0.5))  # noqa: E731
+    found = []
+    for module in (ours, original):
+        layer = module.BatchNormalization(momentum=0.9)
+        layer.axis, layer.momentum, layer.epsilon, layer.renorm = [0], 0.5, 0.1, True
+        layer.renorm_clipping, layer.renorm_momentum, layer.scale = {"rmax": 1.5}, 0.8, False
+        layer.axis = -1
+        seen = [layer(x, training=True)]
+        layer.momentum, layer.renorm_momentum, layer.epsilon, layer.adjustment = 0.25, 0.1, 0.2, adjustment
+        layer.renorm_clipping = {"rmax": 1.1, "rmin": 0.9, "dmax": 0.3}
+        seen += [layer(x + 1, training=True), layer(x), *layer.variables]
+        found.append([np.asarray(value) for value in seen])
+    for one, other in zip(*found, strict=True):
+        np.testing.assert_allclose(one, other, rtol=0, atol=1e-5)
+
+
+def test_attributes_are_checked_and_those_that_shape_variables_stay_after_building() -> None:
+    layer = ours.BatchNormalization()
+    for name, value, error in (
+        ("momentum", 1.5, ValueError),
+        ("epsilon", "small", TypeError),
+        ("axis", [], ValueError),
+    ):
+        with pytest.raises(error, match=name):
+            setattr(layer, name, value)
+    layer.build([None, 3])
+    changed = {"axis": 1, "center": False, "scale": False, "renorm": True, "virtual_batch_size": 2}
+    for name, value in changed.items():
+        before = getattr(layer, name)
+        with pytest.raises(ValueError, match=f"{name} cannot change.*received {value}"):
+            setattr(layer, name, value)
+        assert getattr(layer, name) == before
+    with pytest.raises(TypeError, match="assignment"):
+        layer.renorm_clipping["rmax"] = 2.0  # type: ignore[index]
+
+
+def test_a_mask_is_none_or_refused_before_a_variable_is_made() -> None:
+    layer = ours.BatchNormalization()
+    with pytest.raises(ValueError, match="mask must be None"):
+        layer(tf.ones([2, 3]), training=True, mask=tf.constant([True, False]))
+    assert not layer.built
+    layer(tf.ones([2, 3]), training=True, mask=None)
+    with pytest.raises(ValueError, match="mask must be None"):
+        layer._moments(tf.ones([2, 3]), [0], False, mask=tf.constant([True, False]))
 
 
 def test_an_adjustment_is_left_out_of_the_configuration_with_a_warning() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import os
 import pathlib
 import subprocess
 import sys
@@ -11,6 +13,7 @@ import pytest
 import tensorflow as tf
 import tensorflow.compat.v1 as imported
 
+import batchnorm.tensorflow
 from batchnorm.tensorflow import BatchNormalization, batch_normalization, install
 
 MODULES = [tf.compat.v1.layers, imported.layers]
@@ -34,9 +37,99 @@ def test_installing_holds_within_the_context_and_nests() -> None:
         assert "BatchNormalization" not in vars(module)
 
 
-def run(*arguments: str, directory: pathlib.Path) -> subprocess.CompletedProcess[str]:
+def test_the_modules_that_old_code_imports_from_have_it_too() -> None:
+    homes = ("tensorflow.compat.v1.layers", "tensorflow.python.layers.normalization")
+    before = [dict(vars(importlib.import_module(home))) for home in homes]
+    with install():
+        for home in homes:
+            module = importlib.import_module(home)
+            assert module.BatchNormalization is BatchNormalization
+            assert module.batch_normalization is batch_normalization
+        assert module.BatchNorm is batchnorm.tensorflow.BatchNorm is BatchNormalization
+        assert module.batch_norm is batchnorm.tensorflow.batch_norm is batch_normalization
+        assert isinstance(tf.compat.v1.layers, type(MODULES[0]))  # importing has not taken its place
+    for home, names in zip(homes, before, strict=True):
+        assert set(vars(importlib.import_module(home))) - set(names) <= {"normalization"}
+
+
+def test_installing_says_what_fused_is_where_it_is_not_given() -> None:
+    with install(fused=True):
+        assert BatchNormalization().fused is True
+        assert BatchNormalization(fused=False).fused is False
+        with install():
+            assert BatchNormalization().fused is None
+        assert BatchNormalization().fused is True
+    assert BatchNormalization().fused is None
+    with pytest.raises(TypeError, match=r"fused.*'yes'"):
+        install(fused="yes")  # type: ignore[arg-type]
+
+
+LEGACY = """
+import importlib
+import tensorflow as tf
+from batchnorm.tensorflow import BatchNormalization, batch_normalization, install
+
+def touch(what):
+    if what == "another layer":
+        assert tf.compat.v1.layers.conv2d and tf.compat.v1.layers.dense
+    elif what == "the layer itself":
+        assert tf.compat.v1.layers.batch_normalization
+        assert importlib.import_module("tensorflow.compat.v1").layers.BatchNormalization
+    elif what == "a name of a module":
+        from tensorflow.compat.v1.layers import conv2d
+    elif what == "Keras":
+        import tf_keras
+        assert tf.keras.layers.Dense is tf_keras.layers.Dense and tf.compat.v1.keras.layers.Dense
+    elif what == "TensorFlow's own modules":
+        from tensorflow.python.layers import normalization
+
+def found():
+    from tensorflow.compat import v1
+    from tensorflow.compat.v1.layers import BatchNormalization as imported
+    modules = [tf.compat.v1.layers, v1.layers, importlib.import_module("tensorflow.compat.v1").layers]
+    modules.append(importlib.import_module("tensorflow.compat.v1.layers"))
+    return {imported, *(module.BatchNormalization for module in modules)}, {
+        module.batch_normalization for module in modules}
+
+touches = ["another layer", "the layer itself", "a name of a module", "Keras", "TensorFlow's own modules"]
+first = sys.argv[1]
+if first:
+    touch(first)
+with install():
+    for what in touches:
+        touch(what)
+        assert found() == ({BatchNormalization}, {batch_normalization}), (what, found())
+    from tensorflow.python.layers import normalization  # whose own names no tf_keras of a package index has
+    assert normalization.BatchNorm is BatchNormalization and normalization.batch_norm is batch_normalization
+original = importlib.import_module("tf_keras.src.legacy_tf_layers.normalization")
+assert found() == ({original.BatchNormalization}, {original.batch_normalization}), found()
+install()
+assert tf.compat.v1.layers.conv2d and tf.compat.v1.layers.BatchNormalization is BatchNormalization
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "first", ["", "another layer", "the layer itself", "a name of a module", "Keras", "TensorFlow's own modules"]
+)
+def test_under_legacy_keras_installing_holds_whatever_is_touched_first(first: str) -> None:
+    code = f"import sys\n{LEGACY}"
+    environment = os.environ | {"TF_USE_LEGACY_KERAS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code, first],
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def run(*arguments: str, directory: pathlib.Path, **environment: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "batchnorm", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, cwd=directory, check=False)
+    return subprocess.run(
+        command, capture_output=True, text=True, cwd=directory, env=os.environ | environment, check=False
+    )
 
 
 SCRIPT = """
@@ -71,6 +164,44 @@ def test_run_runs_an_unmodified_script_with_its_arguments_directory_and_exit_sta
 
 
 @pytest.mark.slow
+def test_run_installs_as_its_option_says(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "train.py").write_text("import batchnorm.tensorflow as b; print(b.BatchNormalization().fused)\n")
+    done = run("run", "--fused", "train.py", directory=tmp_path)
+    assert done.stdout == "True\n", done.stderr
+
+
+MISSING = [
+    ("tf.layers.conv2d", True),
+    ("tf.nn.rnn_cell.LSTMCell", True),
+    ("from tensorflow.compat.v1.layers import dense", True),
+    ("tf.contrib.layers", False),
+    ("import tensorflow.contrib", False),
+    ("tf.estimator.Estimator", False),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("line", "returns"), MISSING)
+def test_run_says_what_to_do_about_what_is_missing(line: str, returns: bool, tmp_path: pathlib.Path) -> None:
+    (tmp_path / "train.py").write_text(f"import tensorflow.compat.v1 as tf\nprint('reached')\n{line}\n")
+    # As without tf_keras: it is not found.
+    hidden = "import importlib.util as u, sys; f = u.find_spec\n"
+    hidden += "u.find_spec = lambda name, *rest: None if name == 'tf_keras' else f(name, *rest)\n"
+    hidden += "from batchnorm.cli import main; sys.exit(main(sys.argv[1:]))\n"
+    environment = {name: value for name, value in os.environ.items() if name != "TF_USE_LEGACY_KERAS"}
+    done = subprocess.run(
+        [sys.executable, "-c", hidden, "run", "train.py"],
+        capture_output=True, text=True, cwd=tmp_path, env=environment, check=False,
+    )  # fmt: skip
+    assert done.stdout == "reached\n"
+    assert done.returncode == 1
+    assert 'train.py", line 3' in done.stderr
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("batchnorm run: ")
+    assert ("batchnorm[tensorflow1]" in last) == returns
+
+
+@pytest.mark.slow
 def test_installing_without_a_context_stays_for_good(tmp_path: pathlib.Path) -> None:
     code = (
         "import gc, batchnorm.tensorflow; batchnorm.tensorflow.install(); gc.collect()\n"
@@ -88,6 +219,9 @@ def test_run_says_what_is_wrong(tmp_path: pathlib.Path) -> None:
     done = run("run", directory=tmp_path)
     assert done.returncode == 2
     assert "SCRIPT" in done.stderr
+    done = run("run", "-m", "missing.module", directory=tmp_path)
+    assert done.returncode == 2
+    assert "no module 'missing.module'" in done.stderr
 
 
 def test_the_version_is_told(tmp_path: pathlib.Path) -> None:

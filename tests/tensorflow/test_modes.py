@@ -6,12 +6,14 @@ import pathlib
 import subprocess
 import sys
 import textwrap
+import warnings
 from typing import Any
 
 import numpy as np
 import pytest
 import tensorflow as tf
 
+import batchnorm.tensorflow
 from batchnorm.tensorflow import BatchNormalization, batch_normalization
 
 v1 = tf.compat.v1
@@ -90,6 +92,97 @@ def test_one_function_serves_any_batch_size_and_either_mode(options: dict[str, A
     expected, variables = eager_results(options)
     assert_close(outputs, expected)
     assert_close(layer.variables, variables)
+
+
+def operations(graph: Any) -> set[str]:
+    """The types of all operations of a graph and of the functions in it."""
+    definition = graph.as_graph_def()
+    nodes = [*definition.node, *(node for function in definition.library.function for node in function.node_def)]
+    return {node.op for node in nodes}
+
+
+@every_option
+@pytest.mark.parametrize("control_flow", [1, 2])
+def test_a_graph_that_trains_and_infers_has_the_operations_of_the_original(
+    options: dict[str, Any], control_flow: int, original: Any
+) -> None:
+    def types(module: Any, **more: Any) -> tuple[set[str], Any]:
+        with tf.Graph().as_default() as graph, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the original's own deprecations
+            x, training = v1.placeholder(tf.float32, [None, 3, 3, 4]), v1.placeholder(tf.bool, [])
+            layer = module.BatchNormalization(**{**options, **more})
+            tf.gradients(layer(x, training=training), [x])
+            return operations(graph), layer
+
+    (v1.enable_control_flow_v2 if control_flow == 2 else v1.disable_control_flow_v2)()
+    try:
+        ours, layer = types(batchnorm.tensorflow)
+        assert not {operation for operation in ours if operation.startswith("Batchnorm")}
+        if "virtual_batch_size" not in options:  # where the original has nothing right to compare with
+            assert ("FusedBatchNormV3" in ours) == ("FusedBatchNormV3" in types(original)[0])
+        assert layer.kernel == ("FusedBatchNormV3" if options in ({}, {"axis": 1}) else "composed")
+        if options.get("fused") is not False:
+            ours, layer = types(batchnorm.tensorflow, fused=True)
+            assert {"BatchnormForward", "BatchnormBackward"} <= ours
+            assert layer.kernel == "cpu"
+    finally:
+        v1.enable_control_flow_v2()
+
+
+@every_option
+@pytest.mark.parametrize("fused", [None, True])
+def test_a_graph_that_trains_and_infers_equals_eager_execution(options: dict[str, Any], fused: bool | None) -> None:
+    options = {"fused": fused, **options}
+    layer = BatchNormalization(**options)
+    layer.build([None, 3, 3, 4])
+    start = layer.get_weights()
+
+    def gradients(x: Any, training: Any) -> Any:
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            y = layer(x, training=training)
+            loss = tf.reduce_sum(y**3)
+        return y, *tape.gradient(loss, [x, layer.gamma, layer.beta])
+
+    specs = [tf.TensorSpec([None, 3, 3, 4]), tf.TensorSpec([], tf.bool)]
+    calls = [(BATCHES[0], True), (BATCHES[1], True), (BATCHES[2][:5], False), (BATCHES[2][:0], True)]
+    found = []
+    for function in (tf.function(gradients, input_signature=specs), gradients):
+        layer.set_weights(start)
+        found.append([[value.numpy() for value in function(tf.constant(x), training)] for x, training in calls])
+        found[-1].append(layer.get_weights())
+    for one, other in zip(*found, strict=True):
+        for ours, expected in zip(one, other, strict=True):
+            bound = 1e-4 * max(1.0, float(np.abs(expected).max(initial=0)))
+            np.testing.assert_allclose(ours, expected, rtol=0, atol=bound)
+
+
+@pytest.mark.slow
+def test_a_graph_that_trains_and_infers_loads_where_this_package_is_not(tmp_path: pathlib.Path) -> None:
+    feed = {"x": BATCHES[0]}
+    expected = []
+    with tf.Graph().as_default(), v1.Session() as session:
+        x = v1.placeholder(tf.float32, [None, 3, 3, 4], name="x")
+        training = v1.placeholder_with_default(False, [])
+        y = x
+        for options in OPTIONS:
+            if "virtual_batch_size" not in options:  # whose inference takes any batch, but not their training
+                y = batch_normalization(y, training=training, **options)
+        session.run(v1.global_variables_initializer())
+        session.run([y, v1.get_collection(v1.GraphKeys.UPDATE_OPS)], {x: feed["x"], training: True})
+        expected.append(session.run(y, {x: feed["x"]}))
+        v1.saved_model.simple_save(session, str(tmp_path / "model"), {"x": x}, {"y": y})
+    code = (
+        "import sys, numpy, tensorflow as tf\n"
+        "served = tf.saved_model.load(sys.argv[1]).signatures['serving_default']\n"
+        "y = served(tf.constant(numpy.load(sys.argv[2])))['y']\n"
+        "assert 'batchnorm' not in sys.modules\n"
+        "numpy.save(sys.argv[3], y)\n"
+    )
+    np.save(tmp_path / "x.npy", feed["x"])
+    paths = [str(tmp_path / name) for name in ("model", "x.npy", "y.npy")]
+    subprocess.run([sys.executable, "-c", code, *paths], check=True, capture_output=True)
+    assert_close([np.load(tmp_path / "y.npy")], expected)
 
 
 @every_option
@@ -254,6 +347,35 @@ def test_second_derivatives_are_right(options: dict[str, Any], fused: bool | Non
     assert layer.kernel == ("composed" if fused is False else "cpu")
 
 
+@pytest.mark.parametrize(
+    "options", [{}, {"scale": False}, {"virtual_batch_size": 3}, {"renorm": True}, {"axis": [0, 2]}],
+    ids=lambda options: "+".join(options) or "plain",
+)  # fmt: skip
+@pytest.mark.parametrize("size", [6, None])
+def test_second_derivatives_in_graphs_equal_eager_ones(options: dict[str, Any], size: int | None) -> None:
+    x = tf.constant(np.random.default_rng(0).normal(size=(6, 2, 3)))
+    layer = BatchNormalization(dtype="float64", **options)
+    layer.build(x.shape)
+    start = layer.get_weights()
+
+    def second(x: Any) -> Any:
+        with tf.GradientTape() as outer:
+            outer.watch(x)
+            with tf.GradientTape() as inner:
+                inner.watch(x)
+                loss = tf.reduce_sum(tf.tanh(layer(x, training=True)) ** 3)
+            penalty = tf.reduce_sum(inner.gradient(loss, x) ** 2)
+        return outer.gradient(penalty, [x, *layer.trainable_variables])
+
+    expected = [value.numpy() for value in second(x)]
+    assert layer.kernel == "cpu"
+    layer.set_weights(start)
+    shape = x.shape if options.get("axis") else [size, 2, 3]
+    found = tf.function(second, input_signature=[tf.TensorSpec(shape, tf.float64)])(x)
+    for ours, eager in zip(found, expected, strict=True):
+        np.testing.assert_allclose(ours, eager, rtol=1e-9, atol=1e-9)
+
+
 def test_second_derivatives_reach_the_parameters_too() -> None:
     x = tf.constant(np.random.default_rng(0).normal(size=(6, 2)))
     found = []
@@ -343,6 +465,7 @@ for options in OPTIONS:
 def test_reference_variables_without_tf_keras_equal_eager_execution(tmp_path: pathlib.Path) -> None:
     """TensorFlow 1 behavior holds for a whole process, so this runs in one of its own."""
     options = [one for one in OPTIONS if "adjustment" not in one]
+    options += [{**one, "fused": True} for one in options if "fused" not in one]
     path = tmp_path / "batches.npy"
     np.save(path, BATCHES)
     script = tmp_path / "script.py"

@@ -6,7 +6,7 @@ here is as small as the statistics, unless an adjustment varies within a feature
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from typing import Any, NamedTuple, Protocol
 
 from .options import Clipping
@@ -30,6 +30,7 @@ __all__ = [
     "inference_variance",
     "merge",
     "moving",
+    "new_values",
     "parameter_gradients",
     "reshaped",
     "stddev",
@@ -316,6 +317,18 @@ def finite(xp: Namespace, moments: Moments) -> Array:
     return xp.isfinite(moments.mean) & xp.isfinite(moments.variance)
 
 
+def new_values(xp: Namespace, averages: Container[str], moments: Moments, epsilon: Any) -> dict[str, Array]:
+    """What each moving average moves to, by name."""
+    sigma = stddev(xp, moments.variance, epsilon) if "renorm_mean" in averages else None
+    return {
+        "moving_mean": moments.mean,
+        "moving_variance": moments.variance,
+        "moving_stddev": sigma,
+        "renorm_mean": moments.mean,
+        "renorm_stddev": sigma,
+    }
+
+
 def _decrements(
     xp: Namespace,
     averages: Mapping[str, Array],
@@ -325,15 +338,7 @@ def _decrements(
     renorm_rate: Any,
     moves: Any,
 ) -> dict[str, Array]:
-    mean, variance, dtype = moments.mean, moments.variance, moments.variance.dtype
-    sigma = stddev(xp, variance, epsilon) if "renorm_mean" in averages else None
-    new = {
-        "moving_mean": mean,
-        "moving_variance": variance,
-        "moving_stddev": sigma,
-        "renorm_mean": mean,
-        "renorm_stddev": sigma,
-    }
+    dtype, new = moments.variance.dtype, new_values(xp, averages, moments, epsilon)
     found = {}
     for name, average in averages.items():
         old = average if average.dtype == dtype else xp.astype(average, dtype)

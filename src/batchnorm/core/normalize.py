@@ -7,7 +7,7 @@ feature axes; they are constants to the gradient.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 from . import algebra, passes
@@ -29,6 +29,7 @@ __all__ = [
     "gather",
     "infer",
     "infer_gradient",
+    "measure",
     "train",
     "train_gradient",
 ]
@@ -130,6 +131,7 @@ def train(
     adjustment: Pair | None = None,
     renorm: Renorm | None = None,
     correction: Pair | None = None,
+    moments: Moments | None = None,
     weights: Array | None = None,
     masked: Masked = "normalized",
     unbiased: bool = False,
@@ -147,6 +149,7 @@ def train(
         adjustment: a and b, which broadcast to x; not with virtual batches. Or None.
         renorm: The averages to correct by, or None.
         correction: In the place of `renorm` the r and d that it once gave, constants; or None.
+        moments: In the place of the batch's own those to normalize by, of the view; or None.
         weights: How much each value counts, at least 0; or None.
         masked: Whether what weighs nothing is normalized like the rest or becomes 0.
         unbiased: Whether averages move to the unbiased variance, each group's by its own count.
@@ -156,9 +159,12 @@ def train(
         Ioffe & Szegedy, 2015. Ioffe, Batch Renormalization, 2017, algorithm 1. Hoffer et al., 2017 (virtual batches).
     """
     batch = _Batch(xp, x, plan, weights)
-    moments, centered = passes.moments(xp, batch.x, plan.reduced_axes, batch.count, batch.weights)
+    given = moments is not None or merge is not None
+    if moments is None:
+        moments, centered = passes.moments(xp, batch.x, plan.reduced_axes, batch.count, batch.weights)
     if merge is not None:
         moments = merge(moments)
+    if given:
         centered = _live(xp, batch.x - moments.mean - moments.rest, batch.weights)
     averaged = average(xp, moments, plan.group_axis, unbiased)
     corrected = None
@@ -213,6 +219,15 @@ def _as_part(xp: Namespace, plan: Geometry, dtype: Any, moments: Moments) -> lis
         for value in (moments.variance, moments.count, moments.rest, squares)
     )
     return [mean, *filled]
+
+
+def measure(xp: Namespace, x: Array, axes: Sequence[int]) -> Moments:
+    """Mean and biased variance over some axes, which stay with size 1."""
+    sizes = xp.shape(x)
+    count: Any = 1
+    for axis in axes:
+        count = count * sizes[axis]
+    return passes.moments(xp, x, axes, xp.astype(count, x.dtype))[0]
 
 
 def infer(

@@ -76,7 +76,7 @@ def _network(x: Any, training: Any, options: dict[str, Any] | None) -> Any:
             if options is None:
                 x = tf.nn.bias_add(x, v1.get_variable("bias", [channels], initializer=v1.initializers.zeros()))
             else:
-                x = batch_normalization(x, training=training, **options)
+                x = batch_normalization(x, training=training, fused=True, **options)
             x = tf.nn.relu(x)
     x = tf.reduce_mean(x, axis=[1, 2])
     with v1.variable_scope("dense"):

@@ -9,12 +9,14 @@
 from .base import InputSpec, Layer
 from .checkpoints import modernize_checkpoint
 from .installing import install
-from .layer import BatchNormalization, batch_normalization
+from .layer import BatchNorm, BatchNormalization, batch_norm, batch_normalization
 
 __all__ = [
+    "BatchNorm",
     "BatchNormalization",
     "InputSpec",
     "Layer",
+    "batch_norm",
     "batch_normalization",
     "install",
     "modernize_checkpoint",

@@ -19,7 +19,7 @@ from . import namespace as xp
 from . import operations
 from .namespace import wide
 
-__all__ = ["infer", "move", "train"]
+__all__ = ["assign_moving_average", "infer", "move", "move_by", "train", "view"]
 
 v1 = tf.compat.v1
 
@@ -27,10 +27,21 @@ FUSED_OP = "FusedBatchNormV3"
 """The name of TensorFlow's own fused operation, where a layer says which kernel served."""
 Read = Callable[[str], Any]
 """Reads a variable of a layer, in the type of the arithmetic; None where the layer has none of that name."""
+Assign = Callable[[Any, Any, Any], Any]
+"""Moves one average: a function of the variable, the value to move to, and the weight of the old value."""
 
 
 def train(
-    x: Any, plan: Geometry, options: Options, read: Read, adjustment: Pair | None, by_feature: bool, fusible: bool
+    x: Any,
+    plan: Geometry,
+    options: Options,
+    read: Read,
+    adjustment: Pair | None,
+    by_feature: bool,
+    fusible: bool,
+    *,
+    either: bool = False,
+    moments: Moments | None = None,
 ) -> tuple[Any, Moments, str]:
     """Normalize by the batch.
 
@@ -42,13 +53,16 @@ def train(
         adjustment: Scale and bias, in the type of the arithmetic, or None.
         by_feature: Whether these have one value for each feature.
         fusible: Whether the original fused this call, and so moved its average to the unbiased variance.
+        either: Whether the graph infers, too, so that it is likely to be saved and served where nobody has the kernels:
+            these then serve with ``fused=True`` only.
+        moments: Those to normalize by, of `view` of the batch, in the place of its own; or None.
 
     Returns:
         The output; what averages move to, in the parameters' shape; and the name of the kernel that served.
     """
-    kernel = passes.select(
-        options.fused, {operations.KERNEL: by_feature and operations.serves(x, plan), FUSED_OP: fusible}
-    )
+    ours = by_feature and (options.fused is True or not either) and operations.serves(x, plan)
+    fused = False if moments is not None else options.fused
+    kernel = passes.select(fused, {operations.KERNEL: ours, FUSED_OP: fusible})
     count = xp.astype(plan.whole.count(xp.shape(x)), wide(x))
     if kernel == FUSED_OP:
         y, mean, variance = _fused(x, plan, options, read)
@@ -79,6 +93,7 @@ def train(
             beta=beta,
             adjustment=adjustment,
             renorm=renorm,
+            moments=moments,
             unbiased=fusible,
         )
         y, averaged, read_first = tf.cast(trained.y, x.dtype), trained.averaged, trained.correction or ()
@@ -114,6 +129,12 @@ def _fused(x: Any, plan: Geometry, options: Options, read: Read, moving: tuple[A
     )
 
 
+def view(x: Any, plan: Geometry) -> Any:
+    """See a batch in the type of the arithmetic, and by virtual batches, as moments are measured."""
+    x = tf.cast(_divisible(x, plan), wide(x))
+    return x if plan.group_axis is None else tf.reshape(x, plan.split(xp.shape(x)))
+
+
 def _divisible(x: Any, plan: Geometry) -> Any:
     """Check a batch size that is known only when the program runs, before it is used."""
     size = plan.virtual_batch_size
@@ -138,21 +159,58 @@ def move(variables: Mapping[str, Any], moments: Moments, options: Options, activ
         averages,
         moments,
         options.epsilon,
-        rate=_rate(options.rate, moments),
-        renorm_rate=_rate(options.renorm_rate, moments),
+        rate=_rate(options.rate, moments.mean.dtype),
+        renorm_rate=_rate(options.renorm_rate, moments.mean.dtype),
         moves=active,
     )
     moved = {name: variables[name].assign_sub(tf.cast(step, averages[name].dtype)) for name, step in taken.items()}
     if follows is not None and moved:
-        variance = algebra.inference_variance(xp, tf.convert_to_tensor(moved["moving_stddev"]), options.epsilon)
         moves = algebra.moving(moments, active)
-        if moves is not None:
-            variance = tf.where(moves, variance, tf.convert_to_tensor(follows))
-        moved["moving_variance"] = follows.assign(variance)
+        moved["moving_variance"] = _follow(follows, moved["moving_stddev"], options, moves)
     return moved
 
 
-def _rate(rate: Any, moments: Moments) -> Any:
+def move_by(
+    assign: Assign, variables: Mapping[str, Any], moments: Moments, options: Options, active: Any, outside: bool
+) -> dict[str, Any]:
+    """Move averages as `move` does, by a function of variable, value and momentum that moves one.
+
+    Where `active` is a tensor, `outside` tells whether the function is called outside of any conditional, with a
+    momentum that becomes 1.
+    """
+    new = algebra.new_values(xp, variables, moments, options.epsilon)
+
+    def moved(name: str) -> Any:
+        momentum = options.renorm_decay if name.startswith("renorm") else options.decay
+        variable = variables[name]
+        if active is None:
+            return assign(variable, new[name], momentum)
+        if outside:
+            return assign(variable, new[name], tf.where(active, tf.cast(momentum, tf.float32), 1.0))
+        return tf.cond(active, lambda: assign(variable, new[name], momentum), lambda: tf.convert_to_tensor(variable))
+
+    found = {name: moved(name) for name in variables if name != "moving_variance" or not options.renorm}
+    if options.renorm and "moving_variance" in variables:
+        found["moving_variance"] = _follow(variables["moving_variance"], found["moving_stddev"], options, active)
+    return found
+
+
+def assign_moving_average(variable: Any, value: Any, momentum: Any) -> Any:
+    """Move one average to a value."""
+    average = tf.convert_to_tensor(variable)
+    rate = xp.astype(_rate(1 - momentum, average.dtype), average.dtype)
+    return variable.assign_sub((average - tf.cast(value, average.dtype)) * rate)
+
+
+def _follow(variance: Any, moving_stddev: Any, options: Options, moves: Any) -> Any:
+    """Set the moving variance of renorm to that which belongs to its moving standard deviation."""
+    follows = algebra.inference_variance(xp, tf.convert_to_tensor(moving_stddev), options.epsilon)
+    if moves is not None:
+        follows = tf.where(moves, follows, tf.convert_to_tensor(variance))
+    return variance.assign(follows)
+
+
+def _rate(rate: Any, dtype: Any) -> Any:
     if isinstance(rate, numbers.Real):
         return float(np.float32(rate))  # as in the original, whatever the type of the variable
-    return tf.cast(rate, moments.mean.dtype)
+    return tf.cast(rate, dtype)

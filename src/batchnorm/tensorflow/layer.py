@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 import numbers
+import types
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 import tensorflow as tf
+from tensorflow.python.util import keras_deps  # nothing public tells what a model is called with
 
-from batchnorm.core import algebra, geometry, state
+from batchnorm.core import algebra, geometry, normalize, state
 from batchnorm.core.algebra import Moments
 from batchnorm.core.geometry import Geometry
 from batchnorm.core.options import Clipping, Options, pair, received
@@ -20,11 +24,30 @@ from . import namespace as xp
 from .base import InputSpec, Layer
 from .serialization import get, serialize
 
-__all__ = ["BatchNormalization", "batch_normalization"]
+__all__ = ["BatchNorm", "BatchNormalization", "batch_norm", "batch_normalization"]
 
 v1 = tf.compat.v1
 
 _HALF = ("float16", "bfloat16")
+
+_NEVER_CALLED = (
+    "_assign_new_value",
+    "_fused_batch_norm",
+    "_fused_can_be_used",
+    "_no_sync_calculate_mean_and_var",
+    "_renorm_correction_and_moments",
+    "_support_zero_size_input",
+)
+"""What the original called and this layer has not."""
+
+
+def _option(field: str, doc: str, shapes: bool = False) -> Any:
+    """A property that is an option; `shapes` tells whether variables depend on it."""
+    return property(
+        lambda layer: getattr(layer._options, field),
+        lambda layer, value: layer._set_option(field, value, shapes),
+        doc=doc,
+    )
 
 
 class BatchNormalization(Layer):
@@ -60,7 +83,8 @@ class BatchNormalization(Layer):
         renorm_clipping: Dictionary with any of 'rmin', 'rmax' and 'dmax', numbers or scalar tensors or variables,
             that limit r to [rmin, rmax] and d to [-dmax, dmax].
         renorm_momentum: Weight of the old value in the averages that r and d are computed from.
-        fused: None or True for the fastest implementation that can serve, False for the composed one.
+        fused: None or True for the fastest implementation that can serve, False for the composed one. In a graph whose
+            `training` is a tensor our kernels serve with True only, so that it loads without this package.
         trainable: Whether gamma and beta are trained and the moving averages updated. It does not switch to
             inference; `training` does.
         virtual_batch_size: Samples in each virtual batch ("ghost batch normalization"); sample i of N is in virtual
@@ -89,6 +113,9 @@ class BatchNormalization(Layer):
     >>> layer.kernel
     'cpu'
     """
+
+    _default_fused: bool | None = None
+    """What `fused` is where it is None; `install` sets it."""
 
     def __init__(
         self,
@@ -124,7 +151,7 @@ class BatchNormalization(Layer):
             renorm=renorm,
             renorm_clipping=Clipping.of(renorm_clipping),
             renorm_decay=renorm_momentum,
-            fused=fused,
+            fused=self._default_fused if fused is None else fused,
             virtual_batch_size=virtual_batch_size,
             adjustment=adjustment,
         )
@@ -148,7 +175,17 @@ class BatchNormalization(Layer):
         self.beta: Any = None
         self.supports_masking = False
 
-    # The options, under the names that the original gave them.
+    # The options, under the names that the original gave them. What is set counts from the next call on.
+
+    momentum = _option("decay", "Weight of the old value in the moving averages.")
+    epsilon = _option("epsilon", "Added to the variance.")
+    center = _option("center", "Whether there is an offset.", shapes=True)
+    scale = _option("scale", "Whether there is a scale.", shapes=True)
+    renorm = _option("renorm", "Whether batch renormalization is used.", shapes=True)
+    renorm_momentum = _option("renorm_decay", "Weight of the old value in the averages of renorm.")
+    fused = _option("fused", "Whether a fused implementation was asked for.")
+    virtual_batch_size = _option("virtual_batch_size", "Samples in each virtual batch.", shapes=True)
+    adjustment = _option("adjustment", "The function that gives scale and bias in training.")
 
     @property
     def axis(self) -> int | list[int]:
@@ -156,57 +193,25 @@ class BatchNormalization(Layer):
         axis = self._options.axis
         return axis if isinstance(axis, int) else list(axis)
 
-    @property
-    def momentum(self) -> Any:
-        """Weight of the old value in the moving averages."""
-        return self._options.decay
+    @axis.setter
+    def axis(self, value: Any) -> None:
+        self._set_option("axis", value, shapes=True)
 
     @property
-    def epsilon(self) -> Any:
-        """Added to the variance."""
-        return self._options.epsilon
-
-    @property
-    def center(self) -> bool:
-        """Whether there is an offset."""
-        return self._options.center
-
-    @property
-    def scale(self) -> bool:
-        """Whether there is a scale."""
-        return self._options.scale
-
-    @property
-    def renorm(self) -> bool:
-        """Whether batch renormalization is used."""
-        return self._options.renorm
-
-    @property
-    def renorm_clipping(self) -> dict[str, Any]:
-        """Limits of the correction, those that were given."""
+    def renorm_clipping(self) -> Mapping[str, Any]:
+        """Limits of the correction, those that were given. To change them, set all of them anew."""
         clipping = self._options.renorm_clipping
         limits = {"rmin": clipping.rmin, "rmax": clipping.rmax, "dmax": clipping.dmax}
-        return {key: value for key, value in limits.items() if value is not None}
+        return types.MappingProxyType({key: value for key, value in limits.items() if value is not None})
 
-    @property
-    def renorm_momentum(self) -> Any:
-        """Weight of the old value in the averages of renorm."""
-        return self._options.renorm_decay
+    @renorm_clipping.setter
+    def renorm_clipping(self, value: Any) -> None:
+        self._set_option("renorm_clipping", Clipping.of(value))
 
-    @property
-    def fused(self) -> bool | None:
-        """Whether a fused implementation was asked for."""
-        return self._options.fused
-
-    @property
-    def virtual_batch_size(self) -> int | None:
-        """Samples in each virtual batch."""
-        return self._options.virtual_batch_size
-
-    @property
-    def adjustment(self) -> Callable[[Any], tuple[Any, Any]] | None:
-        """The function that gives scale and bias in training."""
-        return self._options.adjustment
+    def _set_option(self, field: str, value: Any, shapes: bool = False) -> None:
+        if shapes and self.built:
+            raise ValueError(f"{field} cannot change once the variables of {self.name} are made; {received(value)}.")
+        self._options = dataclasses.replace(self._options, **{field: value})
 
     @property
     def _plan(self) -> Geometry:
@@ -270,6 +275,7 @@ class BatchNormalization(Layer):
                 variable = self.add_weight(name, plan.parameter_shape, dtype, makers[name], **keywords)
             setattr(self, name, variable)
         self._geometry = plan
+        self._warn_of_overriding()
         self.input_spec = InputSpec(plan.rank, dict(plan.features))
         self.built = True
 
@@ -288,15 +294,15 @@ class BatchNormalization(Layer):
 
     # Calling.
 
-    @tf.autograph.experimental.do_not_convert
-    def __call__(self, inputs: Any, training: Any = False, **kwargs: Any) -> Any:
+    def __call__(self, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """Normalize a batch.
 
         Args:
             inputs: Tensor of floating-point numbers.
-            training: Python bool or int, or a scalar boolean tensor such as a placeholder: whether to normalize by
-                the batch (and update the moving averages) or by the moving averages.
-            **kwargs: ``scope``, a variable scope to build in.
+            *args: `training`: Python bool or int, or a scalar boolean tensor such as a placeholder: whether to
+                normalize by the batch (and update the moving averages) or by the moving averages. By default what a
+                model of `tf_keras` around this call was called with, else the default of `call`, which is False.
+            **kwargs: The same by name; ``mask``, which must be None; ``scope``, a variable scope to build in.
 
         Returns:
             Tensor of the shape of `inputs`, of the layer's type.
@@ -306,56 +312,83 @@ class BatchNormalization(Layer):
             ValueError: If the inputs do not fit the options, or the shape that the layer was built for.
         """
         # Whatever can be wrong is found before a variable is made.
+        if type(inputs).__name__ == "KerasTensor":  # of which TensorFlow would make a model without our variables
+            raise TypeError(
+                "inputs must be a tensor; received a symbolic input of Keras, whose functional models take Keras' own "
+                f"layers only. A subclass of tf.keras.Model, or tf.keras.Sequential, may hold layer {self.name}."
+            )
         inputs = tf.convert_to_tensor(inputs)
         if not inputs.dtype.is_floating:
             raise TypeError(f"inputs must be floating-point numbers; received dtype {inputs.dtype.name}.")
-        training = _condition(training)
         plan = self._geometry or self._plan_for(inputs.shape)
         if inputs.shape.rank is None:
             raise ValueError(f"inputs must have rank {plan.rank}, as built for; received an unknown rank.")
-        shape = inputs.shape.as_list()
-        plan.check_input(shape)
-        if training is True:
-            plan.check_divides(shape[0])
-        return super().__call__(inputs, training=training, **kwargs)
+        plan.check_input(inputs.shape.as_list())
+        if not args and "training" not in kwargs:
+            around = _training_around()
+            if around is not None and _accepts(self.call, inputs, training=around):
+                kwargs["training"] = around
+        if not self._overrides("call", "_get_training_value"):  # a subclass may take other things for training
+            _check_mask(kwargs.get("mask"))
+            if _condition(args[0] if args else kwargs.get("training")) is True:
+                plan.check_divides(inputs.shape[0])
+        return super().__call__(inputs, *args, **kwargs)
 
-    def call(self, inputs: Any, training: Any = False) -> Any:
-        """Normalize a batch; `__call__` is what users call.
+    @tf.autograph.experimental.do_not_convert
+    def call(self, inputs: Any, training: Any = False, mask: Any = None) -> Any:
+        """Normalize a batch; `__call__` is what users call, and `call` what a subclass overrides.
 
         Args:
             inputs: Tensor of the shape that the layer was built for.
             training: As for `__call__`.
+            mask: None.
 
         Returns:
             Tensor of the shape of `inputs`, of the layer's type.
         """
+        _check_mask(mask)
         x = tf.cast(inputs, self.compute_dtype)
-        training = _condition(training)
+        training = _condition(self._get_training_value(training))
         if training is False:
             return self._infer(x)
+        if training is True:
+            self._plan.check_divides(x.shape[0])
         # Outside of any conditional, so that what it makes can be used by others, as in the original.
         adjustment, by_feature = self._adjust(x)
+        measured = self._measured(x)
         if training is True:
-            y, moments = self._train(x, adjustment, by_feature)
+            y, moments, self.kernel = self._train(x, adjustment, by_feature, measured)
         else:
+            served = []
 
             def train() -> Any:
-                y, moments = self._train(x, adjustment, by_feature)
+                y, moments, kernel = self._train(x, adjustment, by_feature, measured, either=True)
+                served.append(kernel)
                 return y, moments.mean, moments.variance
 
             y, mean, variance = tf.cond(
                 training, train, lambda: (self._infer(x), self._read("moving_mean"), self._read("moving_variance"))
             )
+            self.kernel = served[-1]
             moments = Moments(mean, variance, self._plan.whole.count(xp.shape(x)))
         y.set_shape(inputs.shape)
         self._update(moments, None if training is True else training)
         return y
 
-    def _train(self, x: Any, adjustment: tuple[Any, Any] | None, by_feature: bool) -> tuple[Any, Moments]:
-        y, moments, self.kernel = compute.train(
-            x, self._plan, self._options, self._read, adjustment, by_feature, self._fusible
+    def _train(
+        self, x: Any, adjustment: Any, by_feature: bool, measured: Moments | None, either: bool = False
+    ) -> tuple[Any, Moments, str]:
+        return compute.train(
+            x,
+            self._plan,
+            self._options,
+            self._read,
+            adjustment,
+            by_feature,
+            self._fusible,
+            either=either,
+            moments=measured,
         )
-        return y, moments
 
     def _infer(self, x: Any) -> Any:
         y, self.kernel = compute.infer(x, self._plan, self._options, self._read, self._fusible)
@@ -369,11 +402,17 @@ class BatchNormalization(Layer):
         if v1.executing_eagerly_outside_functions() and not self.trainable:
             # Nothing for inference moves. As in the original, renorm's own averages do, for they serve training.
             names = [name for name in names if name.startswith("renorm")]
-        moved = compute.move({name: getattr(self, name) for name in names}, moments, self._options, active)
+        variables = {name: getattr(self, name) for name in names}
+        if self._overrides("_assign_moving_average") and not self._averages_are_fused:
+            moved = compute.move_by(self._assign, variables, moments, self._options, active, outside=self._fusible)
+        else:
+            moved = compute.move(variables, moments, self._options, active)
         if not tf.executing_eagerly():
             means = [moved.pop(name) for name in ("moving_mean", "renorm_mean") if name in moved]
             if means:
-                self.add_update([_grouped(means), _grouped(list(moved.values()))])
+                # Programs filter by the names that these have in the original.
+                last = "AssignNewValue" if self._options.renorm else "AssignMovingAvg"
+                self.add_update([_grouped("AssignMovingAvg", means), _grouped(last, list(moved.values()))])
 
     def _adjust(self, x: Any) -> tuple[tuple[Any, Any] | None, bool]:
         """Ask for the adjustment of a batch, and tell whether it has one value for each feature."""
@@ -390,14 +429,80 @@ class BatchNormalization(Layer):
         wide = tf.float64 if self.compute_dtype == "float64" else tf.float32
         return None if variable is None else tf.cast(tf.convert_to_tensor(variable), wide)
 
+    # What a subclass may override, under the names of the original, and called where it called them.
+
+    def _get_training_value(self, training: Any = None) -> Any:
+        """Decide on `training`."""
+        return training
+
+    def _moments(self, inputs: Any, reduction_axes: Any, keep_dims: bool, mask: Any = None) -> tuple[Any, Any]:
+        """Measure mean and variance of a batch, in float32 or float64, by virtual batches."""
+        hook = self._calculate_mean_and_var
+        masked = {"mask": mask} if _accepts(hook, inputs, reduction_axes, keep_dims, mask=mask) else {}
+        return hook(inputs, reduction_axes, keep_dims, **masked)
+
+    def _calculate_mean_and_var(
+        self, inputs: Any, reduction_axes: Any, keep_dims: bool, mask: Any = None
+    ) -> tuple[Any, Any]:
+        """What `_moments` calls."""
+        _check_mask(mask)
+        mean, variance, *_ = normalize.measure(xp, inputs, reduction_axes)
+        if keep_dims:
+            return mean, variance
+        return tf.squeeze(mean, reduction_axes), tf.squeeze(variance, reduction_axes)
+
+    def _assign_moving_average(self, variable: Any, value: Any, momentum: Any, inputs_size: Any = None) -> Any:
+        """Move one average to a value."""
+        return compute.assign_moving_average(variable, value, momentum)
+
+    def _overrides(self, *names: str) -> bool:
+        return any(getattr(type(self), name) is not getattr(BatchNormalization, name) for name in names)
+
+    def _measured(self, x: Any) -> Moments | None:
+        """The moments of a batch where a subclass measures them, as its view has them."""
+        if self._fusible or not self._overrides("_moments", "_calculate_mean_and_var"):
+            return None
+        plan = self._plan
+        keep_dims = plan.group_axis is not None or len(plan.axes) > 1
+        arguments = compute.view(x, plan), list(plan.reduced_axes)
+        masked = {"mask": None} if _accepts(self._moments, *arguments, keep_dims=keep_dims, mask=None) else {}
+        moments = self._moments(*arguments, keep_dims=keep_dims, **masked)
+        mean, variance = (value if keep_dims else tf.reshape(value, plan.view_shape) for value in moments)
+        return Moments(mean, variance, 1)
+
+    def _assign(self, variable: Any, value: Any, momentum: Any) -> Any:
+        hook = self._assign_moving_average
+        size = (None,) if _accepts(hook, variable, value, momentum, None) else ()
+        return hook(variable, value, momentum, *size)
+
+    @property
+    def _averages_are_fused(self) -> bool:
+        """Whether the original moved the averages within its fused operation: eagerly and in ``tf.function``."""
+        return (
+            self._fusible and v1.executing_eagerly_outside_functions() and isinstance(self._options.decay, numbers.Real)
+        )
+
+    def _warn_of_overriding(self) -> None:
+        ignored = [name for name in _NEVER_CALLED if hasattr(type(self), name)]
+        if self._fusible:
+            ignored += [name for name in ("_moments", "_calculate_mean_and_var") if self._overrides(name)]
+        if self._averages_are_fused and self._overrides("_assign_moving_average"):
+            ignored.append("_assign_moving_average")
+        if ignored:
+            warnings.warn(
+                f"{type(self).__name__} overrides {', '.join(ignored)}, which this layer does not call; "
+                "fused=False calls _moments, _calculate_mean_and_var and _assign_moving_average.",
+                stacklevel=2,
+            )
+
     # Configuration.
 
     def get_config(self) -> dict[str, Any]:
         """The arguments of this layer, without its variables; an adjustment cannot be part of it.
 
         >>> layer = BatchNormalization(axis=[1, 2], renorm=True, renorm_clipping={"rmax": 3.0})
-        >>> BatchNormalization.from_config(layer.get_config()).renorm_clipping
-        {'rmax': 3.0}
+        >>> BatchNormalization.from_config(layer.get_config()).axis
+        [1, 2]
         """
         config = {
             "axis": self.axis,
@@ -414,7 +519,7 @@ class BatchNormalization(Layer):
         if self.renorm:
             config |= {
                 "renorm": True,
-                "renorm_clipping": self.renorm_clipping,
+                "renorm_clipping": dict(self.renorm_clipping),
                 "renorm_momentum": self.renorm_momentum,
             }
         if self.fused is not None:
@@ -524,6 +629,26 @@ class _unpartitioned:  # noqa: N801 - a context manager
             self._scope.set_partitioner(self._partitioner)
 
 
+def _training_around() -> Any:
+    """What a model of `tf_keras` that this call is within was called with, or None."""
+    context = keras_deps.get_call_context_function()
+    return None if context is None else context().training
+
+
+def _accepts(function: Callable[..., Any], *args: Any, **kwargs: Any) -> bool:
+    """Tell whether a function can be called so; those of older programs lack the last argument."""
+    try:
+        inspect.signature(function).bind(*args, **kwargs)
+    except TypeError:
+        return False
+    return True
+
+
+def _check_mask(mask: Any) -> None:
+    if mask is not None:
+        raise ValueError(f"mask must be None, for this layer counts every value; {received(mask)}.")
+
+
 def _condition(training: Any) -> Any:
     """True, False, or a boolean scalar tensor that is one of them later."""
     if training is None:
@@ -539,5 +664,9 @@ def _condition(training: Any) -> Any:
     raise TypeError(f"training must be a bool or a scalar boolean tensor; {received(training)}.")
 
 
-def _grouped(updates: list[Any]) -> Any:
-    return tf.group(*(update.op if tf.is_tensor(update) else update for update in updates))
+def _grouped(name: str, updates: list[Any]) -> Any:
+    return tf.group(*(update.op if tf.is_tensor(update) else update for update in updates), name=name)
+
+
+batch_norm = batch_normalization
+BatchNorm = BatchNormalization

@@ -113,8 +113,10 @@ def _present(value: Any, gradient: Any) -> Any:
 
 @tf.RegisterGradient("BatchnormForward")
 def _forward_gradient(operation: Any, dy: Any, *_: Any) -> list[Any]:
-    x, factor, offset, _, _, numbers = operation.inputs
+    x, factor, offset, renorm_mean, _, numbers = operation.inputs
     _, mean, variance, r, d = operation.outputs
+    for value in (r, d):  # second derivatives must know in graphs, too, whether these are absent
+        value.set_shape(renorm_mean.shape)
     dx, dfactor, doffset = _operations.batchnorm_backward(
         x=x,
         dy=dy,

@@ -137,13 +137,14 @@ void combined(const Backward& p, int64_t i, int64_t n, double* factor) {
 // and of dy·(x − m)/σ to dy_total and normalized_total.
 template <class Value>
 void gradient_coefficients(int64_t n, double count, double epsilon, const double* factor, const double* mean,
-                           const Value* center, const Value* variance, const double* sum, const double* about_center,
-                           Value* __restrict a, Value* __restrict b, Value* __restrict c, double* __restrict dy_total,
+                           const Value* variance, const double* sum, const double* about_center, Value* __restrict a,
+                           Value* __restrict b, Value* __restrict c, double* __restrict dy_total,
                            double* __restrict normalized_total) {
   double share = 1 / (count > 0 ? count : 1);
   for (int64_t i = 0; i < n; i++) {
     double inverse = 1 / root(static_cast<double>(variance[i]) + epsilon), k = factor[i] * inverse;
-    double rest = mean[i] - static_cast<double>(center[i]), centered = about_center[i] - rest * sum[i];
+    double rest = mean[i] - static_cast<double>(static_cast<Value>(mean[i])),
+           centered = about_center[i] - rest * sum[i];
     double slope = -k * inverse * inverse * (centered * share);
     a[i] = static_cast<Value>(k);
     b[i] = static_cast<Value>(slope);

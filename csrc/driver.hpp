@@ -249,8 +249,8 @@ void run(const Backward& p) {
       read(p.mean, c, n, mean);
       read(p.variance, c, n, variance);
       combined(p, c, n, factor);
-      gradient_coefficients(n, counts(0), p.epsilon, factor, mean, by.of[0] + c, variance, sum, centered, by.of[1] + c,
-                            by.of[2] + c, by.of[3] + c, dy_total, normalized_total);
+      gradient_coefficients(n, counts(0), p.epsilon, factor, mean, variance, sum, centered, by.of[1] + c, by.of[2] + c,
+                            by.of[3] + c, dy_total, normalized_total);
       parameter_gradients(p, c, n, dy_total, normalized_total);
     });
     for (int k = 1; k < 4; k++) layout.spread(layout.all(), by.of[k]);
@@ -277,9 +277,9 @@ void run(const Backward& p) {
         layout.spread(part, by.of[0]);
         layout.template sums<GradientSumsFormula>(arrays, g, part, by.of[0], sums.of[0], sums.of[1]);
         layout.each_count(part, g, [&](int64_t k, int64_t m, int64_t counted) {
-          gradient_coefficients(m, counts(counted), p.epsilon, factor + k, mean + k, by.of[0] + k, variance + k,
-                                sums.of[0] + k, sums.of[1] + k, by.of[1] + k, by.of[2] + k, by.of[3] + k,
-                                totals.of[0] + k, totals.of[1] + k);
+          gradient_coefficients(m, counts(counted), p.epsilon, factor + k, mean + k, variance + k, sums.of[0] + k,
+                                sums.of[1] + k, by.of[1] + k, by.of[2] + k, by.of[3] + k, totals.of[0] + k,
+                                totals.of[1] + k);
         });
         for (int k = 1; k < 4; k++) layout.spread(part, by.of[k]);
         layout.template map<GradientCombineFormula>(arrays, g, part, by.of);

@@ -158,7 +158,7 @@ def test_a_layer_in_a_model_of_keras_trains_with_it(how: str, original: Any) -> 
         if how == "sequential":  # the original's is refused there
             return keras.Sequential([layer if module is batchnorm.tensorflow else of_keras, last])
 
-        class Model(keras.Model):
+        class Model(keras.Model):  # type: ignore[name-defined]
             def __init__(self) -> None:
                 super().__init__()
                 self.normalize, self.last = layer, last

@@ -16,10 +16,11 @@ def arguments(operator: str) -> dict[str, Any]:
     values = {"x": x, "factor": torch.ones(3), "offset": torch.zeros(3)}
     if operator == "forward":
         values |= {"renorm_mean": torch.zeros(3), "renorm_stddev": torch.ones(3)}
-        values |= {"limits": torch.tensor([0.5, 2.0, 1.0], dtype=torch.float64)}
+        values |= {"limits": torch.tensor([0.5, 2.0, 1.0], dtype=torch.float64), "weights": torch.rand(8, 4, 4)}
     else:
-        moments, correction = torch.stack([torch.zeros(1, 3), torch.ones(1, 3)]), torch.ones(2, 3)
-        values = {"dy": torch.randn(8, 3, 4, 4), **values, "moments": moments, "correction": correction}
+        moments = torch.stack([torch.zeros(1, 3), torch.ones(1, 3)]).double()
+        values = {"dy": torch.randn(8, 3, 4, 4), **values, "moments": moments, "correction": torch.ones(2, 3)}
+        values |= {"weights": torch.rand(8, 4, 4), "counts": torch.full((2, 1), 9.0)}
     return {**values, "epsilon": 1e-3, "axes": [1], "virtual_batch_size": None}
 
 
@@ -40,7 +41,7 @@ def test_what_the_tests_of_refusals_change_is_accepted_as_it_is(operator: str) -
 
 TENSORS = [
     *(("forward", name) for name in ("factor", "offset", "renorm_mean", "renorm_stddev", "limits")),
-    *(("backward", name) for name in ("dy", "factor", "offset", "moments", "correction")),
+    *(("backward", name) for name in ("dy", "factor", "offset", "moments", "correction", "counts")),
 ]
 
 
@@ -59,11 +60,12 @@ def test_a_tensor_of_integers_is_refused(operator: str, name: str) -> None:
         call(operator, {**values, name: values[name].to(torch.int64)})
 
 
-@pytest.mark.parametrize("name", ["dy", "moments", "correction"])
+@pytest.mark.parametrize("name", ["dy", "moments", "correction", "counts"])
 def test_what_the_kernels_read_as_it_is_must_be_of_its_type(name: str) -> None:
     values = arguments("backward")
-    with pytest.raises(TypeError, match=f"^{name} must be of torch.float32; received torch.float64"):
-        call("backward", {**values, name: values[name].double()})
+    other = torch.float32 if values[name].dtype == torch.float64 else torch.float64
+    with pytest.raises(TypeError, match=f"^{name} must be of {values[name].dtype}; received {other}"):
+        call("backward", {**values, name: values[name].to(other)})
 
 
 READ = [pair for pair in TENSORS if pair not in (("forward", "limits"), ("backward", "offset"))]

@@ -19,7 +19,7 @@ from . import namespace as xp
 from . import operations
 from .namespace import wide
 
-__all__ = ["assign_moving_average", "infer", "move", "move_by", "train", "view"]
+__all__ = ["assign_moving_average", "infer", "move", "move_by", "train", "view", "weights"]
 
 v1 = tf.compat.v1
 
@@ -42,6 +42,7 @@ def train(
     *,
     either: bool = False,
     moments: Moments | None = None,
+    weights: Any = None,
 ) -> tuple[Any, Moments, str]:
     """Normalize by the batch.
 
@@ -56,12 +57,14 @@ def train(
         either: Whether the graph infers, too, so that it is likely to be saved and served where nobody has the kernels:
             these then serve with ``fused=True`` only.
         moments: Those to normalize by, of `view` of the batch, in the place of its own; or None.
+        weights: How much each position counts, with size 1 on the feature axes; or None.
 
     Returns:
         The output; what averages move to, in the parameters' shape; and the name of the kernel that served.
     """
     ours = by_feature and (options.fused is True or not either) and operations.serves(x, plan)
-    fused = False if moments is not None else options.fused
+    fused = options.fused if moments is None and weights is None else False
+    fusible = fusible and weights is None
     kernel = passes.select(fused, {operations.KERNEL: ours, FUSED_OP: fusible})
     count = xp.astype(plan.whole.count(xp.shape(x)), wide(x))
     if kernel == FUSED_OP:
@@ -94,12 +97,15 @@ def train(
             adjustment=adjustment,
             renorm=renorm,
             moments=moments,
+            weights=weights,
             unbiased=fusible,
         )
+        if weights is not None:
+            count = trained.averaged.count
         y, averaged, read_first = tf.cast(trained.y, x.dtype), trained.averaged, trained.correction or ()
     with tf.control_dependencies(read_first):  # r and d are of the averages before this step
-        mean, variance = (tf.reshape(value, plan.parameter_shape) for value in averaged[:2])
-    return y, Moments(mean, variance, count), kernel
+        averaged = algebra.reshaped(xp, averaged._replace(count=count), plan.parameter_shape)
+    return y, averaged, kernel
 
 
 def infer(x: Any, plan: Geometry, options: Options, read: Read, fusible: bool) -> tuple[Any, str]:
@@ -135,10 +141,24 @@ def view(x: Any, plan: Geometry) -> Any:
     return x if plan.group_axis is None else tf.reshape(x, plan.split(xp.shape(x)))
 
 
+def weights(mask: Any, x: Any, plan: Geometry) -> Any:
+    """A mask as it broadcasts against a batch, in the type of the arithmetic."""
+    mask = tf.convert_to_tensor(mask)
+    if not (mask.dtype == tf.bool or mask.dtype.is_floating or mask.dtype.is_integer):
+        raise TypeError(f"mask must hold booleans or real numbers; received dtype {mask.dtype.name}.")
+    given = [None] * (plan.rank - len(plan.axes)) if mask.shape.rank is None else mask.shape.as_list()
+    plan.mask_shape(given, x.shape.as_list())
+    shape = [1 if axis in plan.axes else size for axis, size in enumerate(xp.shape(x))]
+    found = tf.reshape(tf.cast(mask, wide(x)), shape)
+    if tf.executing_eagerly() and not bool(tf.reduce_all((found >= 0) & tf.math.is_finite(found))):
+        raise ValueError("mask must hold finite numbers that are not negative; received others.")
+    return tf.stop_gradient(found)
+
+
 def _divisible(x: Any, plan: Geometry) -> Any:
-    """Check a batch size that is known only when the program runs, before it is used."""
+    """Check, before it is used, a batch size or a `training` that is known only when the program runs."""
     size = plan.virtual_batch_size
-    if size is None or x.shape[0] is not None:
+    if size is None or (x.shape[0] is not None and x.shape[0] % size == 0):
         return x
     batch = tf.shape(x)[0]
     message = f"virtual_batch_size must divide the batch size in training; received virtual_batch_size={size}"

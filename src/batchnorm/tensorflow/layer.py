@@ -302,7 +302,7 @@ class BatchNormalization(Layer):
             *args: `training`: Python bool or int, or a scalar boolean tensor such as a placeholder: whether to
                 normalize by the batch (and update the moving averages) or by the moving averages. By default what a
                 model of `tf_keras` around this call was called with, else the default of `call`, which is False.
-            **kwargs: The same by name; ``mask``, which must be None; ``scope``, a variable scope to build in.
+            **kwargs: The same by name; ``mask``, as for `call`; ``scope``, a variable scope to build in.
 
         Returns:
             Tensor of the shape of `inputs`, of the layer's type.
@@ -329,7 +329,8 @@ class BatchNormalization(Layer):
             if around is not None and _accepts(self.call, inputs, training=around):
                 kwargs["training"] = around
         if not self._overrides("call", "_get_training_value"):  # a subclass may take other things for training
-            _check_mask(kwargs.get("mask"))
+            if kwargs.get("mask") is not None:
+                compute.weights(kwargs["mask"], inputs, plan)
             if _condition(args[0] if args else kwargs.get("training")) is True:
                 plan.check_divides(inputs.shape[0])
         return super().__call__(inputs, *args, **kwargs)
@@ -341,12 +342,13 @@ class BatchNormalization(Layer):
         Args:
             inputs: Tensor of the shape that the layer was built for.
             training: As for `__call__`.
-            mask: None.
+            mask: What counts into the statistics of training, one value for each position: booleans, or weights that
+                are not negative; of the inputs' shape without the feature axes, or with size 1 on them. The output is
+                normalized everywhere.
 
         Returns:
             Tensor of the shape of `inputs`, of the layer's type.
         """
-        _check_mask(mask)
         x = tf.cast(inputs, self.compute_dtype)
         training = _condition(self._get_training_value(training))
         if training is False:
@@ -355,28 +357,31 @@ class BatchNormalization(Layer):
             self._plan.check_divides(x.shape[0])
         # Outside of any conditional, so that what it makes can be used by others, as in the original.
         adjustment, by_feature = self._adjust(x)
-        measured = self._measured(x)
+        measured = self._measured(x, mask)
+        weights = None if mask is None or measured is not None else compute.weights(mask, x, self._plan)
         if training is True:
-            y, moments, self.kernel = self._train(x, adjustment, by_feature, measured)
+            y, moments, self.kernel = self._train(x, adjustment, by_feature, measured, weights)
         else:
             served = []
 
             def train() -> Any:
-                y, moments, kernel = self._train(x, adjustment, by_feature, measured, either=True)
+                y, moments, kernel = self._train(x, adjustment, by_feature, measured, weights, either=True)
                 served.append(kernel)
-                return y, moments.mean, moments.variance
+                return y, moments.mean, moments.variance, moments.count * tf.ones_like(moments.mean)
 
-            y, mean, variance = tf.cond(
-                training, train, lambda: (self._infer(x), self._read("moving_mean"), self._read("moving_variance"))
-            )
+            def infer() -> Any:
+                mean = self._read("moving_mean")
+                return self._infer(x), mean, self._read("moving_variance"), tf.ones_like(mean)
+
+            y, mean, variance, count = tf.cond(training, train, infer)
             self.kernel = served[-1]
-            moments = Moments(mean, variance, self._plan.whole.count(xp.shape(x)))
+            moments = Moments(mean, variance, self._plan.whole.count(xp.shape(x)) if weights is None else count)
         y.set_shape(inputs.shape)
         self._update(moments, None if training is True else training)
         return y
 
     def _train(
-        self, x: Any, adjustment: Any, by_feature: bool, measured: Moments | None, either: bool = False
+        self, x: Any, adjustment: Any, by_feature: bool, measured: Moments | None, weights: Any, either: bool = False
     ) -> tuple[Any, Moments, str]:
         return compute.train(
             x,
@@ -388,6 +393,7 @@ class BatchNormalization(Layer):
             self._fusible,
             either=either,
             moments=measured,
+            weights=weights,
         )
 
     def _infer(self, x: Any) -> Any:
@@ -445,7 +451,8 @@ class BatchNormalization(Layer):
         self, inputs: Any, reduction_axes: Any, keep_dims: bool, mask: Any = None
     ) -> tuple[Any, Any]:
         """What `_moments` calls."""
-        _check_mask(mask)
+        if mask is not None:
+            raise ValueError(f"mask must be None where moments are measured by hand; {received(mask)}.")
         mean, variance, *_ = normalize.measure(xp, inputs, reduction_axes)
         if keep_dims:
             return mean, variance
@@ -458,13 +465,15 @@ class BatchNormalization(Layer):
     def _overrides(self, *names: str) -> bool:
         return any(getattr(type(self), name) is not getattr(BatchNormalization, name) for name in names)
 
-    def _measured(self, x: Any) -> Moments | None:
+    def _measured(self, x: Any, mask: Any) -> Moments | None:
         """The moments of a batch where a subclass measures them, as its view has them."""
         if self._fusible or not self._overrides("_moments", "_calculate_mean_and_var"):
             return None
         plan = self._plan
         keep_dims = plan.group_axis is not None or len(plan.axes) > 1
         arguments = compute.view(x, plan), list(plan.reduced_axes)
+        if mask is not None:
+            raise ValueError("mask must be None where a subclass measures the moments; received one.")
         masked = {"mask": None} if _accepts(self._moments, *arguments, keep_dims=keep_dims, mask=None) else {}
         moments = self._moments(*arguments, keep_dims=keep_dims, **masked)
         mean, variance = (value if keep_dims else tf.reshape(value, plan.view_shape) for value in moments)
@@ -642,11 +651,6 @@ def _accepts(function: Callable[..., Any], *args: Any, **kwargs: Any) -> bool:
     except TypeError:
         return False
     return True
-
-
-def _check_mask(mask: Any) -> None:
-    if mask is not None:
-        raise ValueError(f"mask must be None, for this layer counts every value; {received(mask)}.")
 
 
 def _condition(training: Any) -> Any:

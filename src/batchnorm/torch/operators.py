@@ -99,14 +99,14 @@ def _backward(
     moments: Tensor,
     correction: Tensor,
     weights: Tensor | None,
-    counts: Tensor,
+    counts: Tensor | None,
     epsilon: float,
     axes: Sequence[int],
     virtual_batch_size: int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     static, view = _seen(x, epsilon, axes, virtual_batch_size)
     weights = _weights(weights, x, static)
-    counted = counts.contiguous() if counts.numel() else None
+    counted = None if counts is None or not counts.numel() else counts.contiguous()
     corrected = correction.contiguous() if correction.numel() else None
     cpu.check(x, view, dy=dy, factor=factor, offset=offset, moments=moments, correction=corrected, counts=counted)
     if weights is not None and counted is None:

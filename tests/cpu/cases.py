@@ -191,7 +191,8 @@ class Backward(NamedTuple):
 
 
 def backward(view: View, x: Array, dy: Array, result: Forward, given: Options | None = None) -> Backward:
-    o, kind = given or Options(), np.float64 if x.dtype == np.float64 else np.float32
+    o = given or Options()
+    kind = np.dtype(np.float64 if x.dtype == np.float64 else np.float32) if o.factor is None else o.factor.dtype
     dx, dfactor, doffset = like(x), np.empty(view.parameters, kind), np.empty(view.parameters, kind)
     kernel(view, x.dtype).backward(
         x=raw(x), dy=raw(dy), dx=raw(dx), mean=result.mean, variance=result.variance, factor=o.factor, r=result.r,

@@ -59,8 +59,7 @@ def test_large_results_are_whole_wherever_lines_begin_and_in_the_place_of_dy(
 
     x, y, dx = (placed(drawn(view, dtype, seed)) for seed in (0, 0, 1))
     dy = dx.copy()
-    kind = np.float64 if dtype == np.float64 else np.float32
-    mean, variance = (np.empty(view.statistics, kind) for _ in range(2))
+    mean, variance = (np.empty(view.statistics) for _ in range(2))
     kernel(view, dtype).forward(x=raw(x), y=raw(y), mean=mean, variance=variance)
     normalized = (apart(x, view) - along(mean, view)) / np.sqrt(along(variance, view) + EPSILON)
     check(y, normalized, NEAR[dtype.name], 8.0)

@@ -253,7 +253,7 @@ def test_where_the_framework_s_threads_are_not_found_its_number_of_threads_is_ke
         library.set_num_threads(1)
         view = View(5_003, 1, 1, 17, 1)
         x = drawn(view, TYPES[0], 0)
-        y, mean, variance = np.empty_like(x), *np.empty((2, 17), np.float32)
+        y, mean, variance = np.empty_like(x), *np.empty((2, 17))
         before = len(os.listdir("/proc/self/task"))
         for threads in (1, 4):
             kernel(view, x.dtype).forward_at(
@@ -275,7 +275,7 @@ def test_a_program_may_end_while_daemon_threads_are_in_a_kernel(attempt: int) ->
 
         def forever(view):
             x = drawn(view, TYPES[0], 0)
-            y, mean, variance = np.empty_like(x), *np.empty((2, view.features), np.float32)
+            y, mean, variance = np.empty_like(x), *np.empty((2, view.features))
             call, addresses = kernel(view, x.dtype), dict(
                 threads=1, x=x.ctypes.data, y=y.ctypes.data, mean=mean.ctypes.data, variance=variance.ctypes.data)
             while True:

@@ -154,7 +154,7 @@ def by_row(statistics: Array, view: View) -> Array:
 
 
 def weighted_forward(view: View, x: Array, weighing: Weighing | None, kind: Any, o: Options) -> tuple[Forward, Pair]:
-    y, mean, variance = like(x), np.empty(view.statistics, kind), np.empty(view.statistics, kind)
+    y, mean, variance = like(x), np.empty(view.statistics), np.empty(view.statistics)
     count, square_count = np.empty(virtual_batches(view), kind), np.empty(virtual_batches(view), kind)
     r, d = (None, None) if o.renorm is None else (np.empty(view.parameters, kind), np.empty(view.parameters, kind))
     average, stddev = o.renorm or (None, None)
@@ -173,7 +173,7 @@ Pair = tuple[Array, Array]
 def weighted_backward(
     view: View, x: Array, dy: Array, result: Forward, weighing: Weighing, count: Array, o: Options
 ) -> Backward:
-    kind = result.mean.dtype
+    kind = count.dtype
     dx, dfactor, doffset = like(x), np.empty(view.parameters, kind), np.empty(view.parameters, kind)
     kernel(view, x.dtype).backward(
         x=raw(x), dy=raw(dy), dx=raw(dx), mean=result.mean, variance=result.variance, factor=o.factor, r=result.r,
@@ -277,7 +277,8 @@ def test_the_four_passes_are_those_of_the_step(
     if weighing.zeroed:
         dy = spoilt(dy, ~live)
     of = kernel(view, dtype)
-    mean, variance, plain, centered = (np.empty(view.statistics, kind) for _ in range(4))
+    plain, centered = (np.empty(view.statistics, kind) for _ in range(2))
+    mean, variance = (np.empty(view.statistics) for _ in range(2))
     named = {name: value for name, value in weighing.given.items() if name != "zeroed"}
     of.moments(x=raw(x), mean=mean, variance=variance, **named)
     step, _ = weighted_forward(view, x, weighing, kind, Options())

@@ -13,13 +13,13 @@ from batchnorm.core import algebra, geometry, normalize, passes
 from batchnorm.core.algebra import Moments
 from batchnorm.core.geometry import Geometry
 from batchnorm.core.normalize import Pair, Renorm
-from batchnorm.core.options import Clipping, Options, flag, pair, received
+from batchnorm.core.options import Clipping, Options, flag, pair
 from batchnorm.cpu import KERNEL
 
 from . import namespace as xp
 from . import primitives
 
-__all__ = ["batch_norm", "init", "with_renorm", "without_renorm"]
+__all__ = ["batch_norm", "checked_options", "init", "with_renorm", "without_renorm"]
 
 Array = Any
 Arrays = Mapping[str, Array]
@@ -147,29 +147,24 @@ def batch_norm(
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise TypeError(f"x must be of a floating-point type; received {x.dtype}.")
     training, update = flag("training", training), flag("update", update)
-    skip_nonfinite = flag("skip_nonfinite", skip_nonfinite)
     if callable(renorm_clipping):
         if statistics.get("steps") is None:
             raise ValueError("statistics must have 'steps' where renorm_clipping is a function of them.")
         renorm_clipping = renorm_clipping(statistics["steps"])
-    options = Options(
+    options = checked_options(
         axis=axis,
-        decay=momentum,
+        momentum=momentum,
         epsilon=epsilon,
         renorm=statistics.get("renorm_mean") is not None,
-        renorm_clipping=Clipping.of(renorm_clipping),
-        renorm_decay=renorm_momentum,
+        renorm_clipping=renorm_clipping,
+        renorm_momentum=renorm_momentum,
         virtual_batch_size=virtual_batch_size,
         adjustment=None if adjustment is None else lambda shape: adjustment,
+        skip_nonfinite=skip_nonfinite,
         fused=fused,
+        axis_name=axis_name,
+        axis_index_groups=axis_index_groups,
     )
-    if axis_name is not None and options.virtual_batch_size is not None:
-        raise ValueError(
-            f"axis_name and virtual_batch_size cannot be used together, for virtual batches are of one device; "
-            f"received axis_name={axis_name!r} and virtual_batch_size={virtual_batch_size}."
-        )
-    if axis_index_groups is not None and axis_name is None:
-        raise ValueError(f"axis_index_groups must come with axis_name; received {axis_index_groups!r} alone.")
     assert isinstance(options.axis, (int, tuple))
     plan = geometry.plan(x.shape, options.axis, options.virtual_batch_size)
     _check(plan, x.shape, parameters, statistics)
@@ -230,6 +225,47 @@ def without_renorm(statistics: Any) -> Any:
 
 
 # ---- Checks.
+
+
+def checked_options(
+    *,
+    axis: int | tuple[int, ...],
+    momentum: Any,
+    epsilon: Any,
+    renorm: bool,
+    renorm_clipping: Any,
+    renorm_momentum: Any,
+    virtual_batch_size: int | None,
+    adjustment: Callable[[Any], Pair] | None,
+    skip_nonfinite: bool,
+    fused: bool | None,
+    axis_name: Any,
+    axis_index_groups: Any,
+    features: int | None = None,
+) -> Options:
+    """Check what a layer was asked for; a function `renorm_clipping` is checked by what it returns, later."""
+    options = Options(
+        axis=axis,
+        decay=momentum,
+        epsilon=epsilon,
+        renorm=renorm,
+        renorm_clipping=Clipping.of(None if callable(renorm_clipping) else renorm_clipping),
+        renorm_decay=renorm_momentum,
+        virtual_batch_size=virtual_batch_size,
+        adjustment=adjustment,
+        fused=fused,
+    )
+    flag("skip_nonfinite", skip_nonfinite)
+    if features is not None and features != (1 if isinstance(axis, int) else len(axis)):
+        raise ValueError(f"num_features must have one size for each axis; received {features} and axis={axis}.")
+    if axis_name is not None and virtual_batch_size is not None:
+        raise ValueError(
+            f"axis_name and virtual_batch_size cannot be used together, for virtual batches are of one device; "
+            f"received axis_name={axis_name!r} and virtual_batch_size={virtual_batch_size}."
+        )
+    if axis_index_groups is not None and axis_name is None:
+        raise ValueError(f"axis_index_groups must come with axis_name; received {axis_index_groups!r} alone.")
+    return options
 
 
 def _check(plan: Geometry, shape: tuple[int, ...], parameters: Arrays, statistics: Arrays) -> None:

@@ -38,7 +38,7 @@ from batchnorm.core.options import Clipping
 
 from . import namespace as xp
 
-__all__ = ["forward", "gather", "serves"]
+__all__ = ["TARGETS", "available", "forward", "gather", "serves"]
 
 Array = Any
 Arrays = list[Any]
@@ -201,8 +201,8 @@ def _view(shape: Sequence[int], plan: Geometry) -> View:
 
 
 @functools.cache
-def _registered() -> bool:
-    """Register the kernels with XLA, once.
+def available() -> bool:
+    """Tell whether there are kernels that this JAX can run; the first call registers them with XLA.
 
     Not at import, and after the CPU's backend: XLA checks at once then, and a refusal is an exception here and not the
     failure of the first operation of the user's program.
@@ -322,7 +322,7 @@ def _primitive(name: str, composed: Callable[..., Arrays], kernel: Callable[...,
         serve = mlir.lower_fun(kernel, multiple_results=True)
 
         def lowering(context: Any, *operands: Any, **static: Any) -> Any:
-            chosen = serve if _is_alone(context) and _registered() else compose
+            chosen = serve if _is_alone(context) and available() else compose
             return chosen(context, *operands, **static)
 
         mlir.register_lowering(primitive, lowering, platform="cpu")

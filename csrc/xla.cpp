@@ -1,7 +1,7 @@
 // The kernels for XLA on CPUs, through its foreign function interface: batchnorm_forward and batchnorm_backward.
 //
-// No header of XLA or jaxlib is needed to build this: the few structures that cross are declared here. They are the same
-// in the versions 0.1 to 0.3 of the interface, which is jaxlib 0.4.38 to 0.10.2.
+// No header of XLA or jaxlib is needed to build this: the few structures that cross are declared here. They are the
+// same in the versions 0.1 to 0.3 of the interface, which is jaxlib 0.4.38 to 0.10.2.
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
@@ -12,8 +12,8 @@
 #include "kernels.hpp"
 #include "threads.hpp"
 
-// Every structure begins with its own size in bytes, set by whoever makes it, and a chain of extensions. A newer version
-// may lengthen it at its end, so a size may be larger than ours, and never smaller.
+// Every structure begins with its own size in bytes, set by whoever makes it, and a chain of extensions. A newer
+// version may lengthen it at its end, so a size may be larger than ours, and never smaller.
 namespace xla {
 
 enum Stage : int32_t { EXECUTE = 3 };

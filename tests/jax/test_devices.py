@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-PROGRAM = '''
+PROGRAM = """
 import functools, os, warnings
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 import jax, jax.numpy as jnp, numpy as np
@@ -80,7 +80,7 @@ for groups, parts in ((None, [range(8)]), ([[0, 1, 2, 3], [4, 5, 6, 7]], [range(
         for device in part:
             close(jax.tree.map(lambda value: value[device], moved), averages)
 print("all right")
-'''
+"""
 
 
 @pytest.mark.slow

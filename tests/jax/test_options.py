@@ -15,7 +15,12 @@ from tests.oracle import Oracle
 
 Array = npt.NDArray[Any]
 EPSILON = 1e-3
-NAMES = {"mean": "moving_mean", "var": "moving_variance", "renorm_mean": "renorm_mean", "renorm_stddev": "renorm_stddev"}
+NAMES = {
+    "mean": "moving_mean",
+    "var": "moving_variance",
+    "renorm_mean": "renorm_mean",
+    "renorm_stddev": "renorm_stddev",
+}
 LIMITS = {"rmin": 0.6, "rmax": 1.4, "dmax": 0.3}
 LAYOUTS: dict[str, tuple[tuple[int, ...], int | tuple[int, ...]]] = {
     "table": ((12, 3), -1),
@@ -78,9 +83,7 @@ def test_steps_and_gradients_are_those_of_the_oracle(layout: str, option: str, f
     if "moving_stddev" in oracle.variables:
         oracle.variables["moving_stddev"] = np.sqrt(oracle.variables["moving_variance"] + EPSILON)
     parameters = {"scale": jnp.asarray(oracle.variables["gamma"]), "bias": jnp.asarray(oracle.variables["beta"])}
-    statistics = {
-        name: jnp.asarray(oracle.variables[long]) for name, long in NAMES.items() if long in oracle.variables
-    }
+    statistics = {name: jnp.asarray(oracle.variables[long]) for name, long in NAMES.items() if long in oracle.variables}
     limits = {name: asked[name] for name in LIMITS if name in asked} or None
 
     @jax.jit

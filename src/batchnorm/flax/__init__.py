@@ -70,8 +70,10 @@ class BatchNorm(nnx.BatchNorm):
 
     >>> import jax.numpy as jnp
     >>> layer = BatchNorm(3, renorm=True, virtual_batch_size=8, rngs=nnx.Rngs(0))
-    >>> layer(jnp.ones((32, 3))).shape, layer.eval()(jnp.ones((5, 3))).shape
-    ((32, 3), (5, 3))
+    >>> y = layer(jnp.ones((32, 3)))
+    >>> layer.eval()
+    >>> layer(jnp.ones((5, 3))).shape
+    (5, 3)
     """
 
     def __init__(

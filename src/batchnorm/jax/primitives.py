@@ -114,9 +114,7 @@ def _composed_forward(
     return [trained.y.astype(x.dtype), *moments, rest, *(value.reshape(-1) for value in correction)]
 
 
-def _composed_y(
-    x: Array, factor: Array, offset: Array, r: Array, d: Array, *, plan: Geometry, epsilon: float
-) -> Array:
+def _composed_y(x: Array, factor: Array, offset: Array, r: Array, d: Array, *, plan: Geometry, epsilon: float) -> Array:
     trained = normalize.train(
         xp,
         x.astype(xp.wide(x)),
@@ -215,6 +213,7 @@ def available() -> bool:
         library = ctypes.CDLL(str(path))
         for name in TARGETS.values():
             jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(getattr(library, name)), platform="cpu")
+        library.batchnorm_set_num_threads(cpu.num_threads())  # its pool is its own
     except Exception as error:
         warnings.warn(
             f"batchnorm: this jaxlib does not take the CPU kernels, so XLA computes everything: {error}", stacklevel=2
@@ -389,9 +388,7 @@ def _tangent_transpose(cotangents: Sequence[Any], *operands: Any, **static: Any)
     return [None] * 7 + list(wanted)
 
 
-def _backward_transpose(
-    cotangents: Sequence[Any], *operands: Any, with_offset: bool, **static: Any
-) -> Arrays:
+def _backward_transpose(cotangents: Sequence[Any], *operands: Any, with_offset: bool, **static: Any) -> Arrays:
     return [None] * 7 + _tangent_p.bind(*operands[:7], *map(_dense, cotangents), **static)
 
 

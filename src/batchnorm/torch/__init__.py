@@ -7,7 +7,6 @@ from .conversion import convert, revert
 from .functional import batch_norm
 from .modules import BatchNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d
 
-
 __all__ = [
     "BatchNorm",
     "BatchNorm1d",

@@ -17,8 +17,12 @@ from batchnorm import demo
 from batchnorm.demo import digits, experiments, report
 from batchnorm.demo.experiments import Clips, Comparison, Curve, Experiment, Measured, Outcome, Result
 
-MODULES = {"tensorflow": "batchnorm.demo.tensorflow", "torch": "batchnorm.demo.pytorch"}
-NAMES = {"tensorflow": "TensorFlow", "torch": "PyTorch"}
+MODULES = {
+    "tensorflow": "batchnorm.demo.tensorflow",
+    "torch": "batchnorm.demo.pytorch",
+    "jax": "batchnorm.demo.jax",
+}
+NAMES = {"tensorflow": "TensorFlow", "torch": "PyTorch", "jax": "JAX"}
 each_framework = pytest.mark.parametrize("framework", MODULES)
 
 

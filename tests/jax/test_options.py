@@ -78,7 +78,7 @@ def test_steps_and_gradients_are_those_of_the_oracle(layout: str, option: str, f
         size = tuple(size if at in kept else 1 for at, size in enumerate(shape))
         pair = rng.uniform(0.5, 1.5, size), rng.uniform(-0.5, 0.5, size)
     oracle = Oracle.build(shape, axis, epsilon=EPSILON, momentum=0.8, **asked, adjustment=pair and (lambda _: pair))
-    for name, value in oracle.variables.items():
+    for value in oracle.variables.values():
         value[...] = rng.uniform(0.7, 1.3, value.shape)
     if "moving_stddev" in oracle.variables:
         oracle.variables["moving_stddev"] = np.sqrt(oracle.variables["moving_variance"] + EPSILON)

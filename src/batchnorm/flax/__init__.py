@@ -21,6 +21,7 @@ from batchnorm.jax.functional import checked_options
 __all__ = ["BatchNorm", "ClippingSchedule"]
 
 Array = Any
+ZEROS, ONES = initializers.zeros_init(), initializers.ones_init()
 
 
 class BatchNorm(nnx.BatchNorm):
@@ -88,8 +89,8 @@ class BatchNorm(nnx.BatchNorm):
         param_dtype: Any = jnp.float32,
         use_bias: bool = True,
         use_scale: bool = True,
-        bias_init: Callable[..., Any] = initializers.zeros_init(),
-        scale_init: Callable[..., Any] = initializers.ones_init(),
+        bias_init: Callable[..., Any] = ZEROS,
+        scale_init: Callable[..., Any] = ONES,
         axis_name: Any = None,
         axis_index_groups: Any = None,
         use_fast_variance: bool = True,

@@ -55,7 +55,12 @@ def test_where_the_mean_is_large_beside_the_spread_it_is_right_and_flax_s_layer_
 
 def test_every_option_gives_what_the_function_gives() -> None:
     pair = jnp.linspace(0.9, 1.1, 5), jnp.linspace(-0.1, 0.1, 5)
-    for options in (ALL, {"adjustment": lambda shape: pair}, {"renorm": True, "renorm_momentum": 0.5}):
+    every: tuple[dict[str, Any], ...] = (
+        ALL,
+        {"adjustment": lambda shape: pair},
+        {"renorm": True, "renorm_momentum": 0.5},
+    )
+    for options in every:
         norm = layer(momentum=0.9, **options)
         parameters, statistics = init(5, renorm="renorm" in options, steps=options is ALL)
         for _ in range(3):

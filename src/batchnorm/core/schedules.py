@@ -69,4 +69,7 @@ class ClippingSchedule:
         """
         begin = min(self.start, end - 1)
         way = end - begin
-        return (abs(batches - begin) - abs(batches - end) + way) / (2 * way)
+        twice = abs(batches - begin) - abs(batches - end) + way
+        if not getattr(twice, "is_mps", True):  # PyTorch divides integers in float32, and MPS has no float64
+            twice = twice.double()
+        return twice / (2 * way)

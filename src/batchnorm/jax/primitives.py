@@ -300,7 +300,8 @@ def _primitive(name: str, composed: Callable[..., Arrays], kernel: Callable[...,
 
     @functools.cache
     def compiled(**static: Any) -> Callable[..., Arrays]:
-        return jax.jit(functools.partial(primitive.bind, **static))
+        jitted: Callable[..., Arrays] = jax.jit(functools.partial(primitive.bind, **static))
+        return jitted
 
     @primitive.def_impl
     def _(*operands: Array, **static: Any) -> Arrays:
@@ -389,7 +390,7 @@ def _tangent_transpose(cotangents: Sequence[Any], *operands: Any, **static: Any)
 
 
 def _backward_transpose(cotangents: Sequence[Any], *operands: Any, with_offset: bool, **static: Any) -> Arrays:
-    return [None] * 7 + _tangent_p.bind(*operands[:7], *map(_dense, cotangents), **static)
+    return [None] * 7 + list(_tangent_p.bind(*operands[:7], *map(_dense, cotangents), **static))
 
 
 ad.primitive_jvps[_forward_p] = _forward_jvp

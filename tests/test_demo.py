@@ -259,7 +259,7 @@ def test_a_missing_package_is_named(
 
     monkeypatch.setattr(importlib, "import_module", missing)
     assert demo.main(["--framework", framework]) == 2
-    extras = {"tensorflow": "demo", "torch": "demo,torch"}[framework]
+    extras = {"tensorflow": "demo", "torch": "demo,torch", "jax": "demo,flax"}[framework]
     assert capsys.readouterr().err == f'batchnorm demo needs {words}: pip install "batchnorm[{extras}]"\n'
 
 

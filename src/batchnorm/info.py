@@ -45,7 +45,7 @@ def lines() -> Iterator[str]:
     if importlib.util.find_spec("tensorflow") is not None:
         yield from _served("TensorFlow", _tensorflow_kernel)
     if importlib.util.find_spec("jax") is not None:
-        yield from _served("JAX, of one device,", _jax_kernel)
+        yield from _served("JAX", _jax_kernel)
     if importlib.util.find_spec("torch") is not None:
         yield from _served("PyTorch", _torch_kernel)
         few = (_torch_kernel({}, training, size=2) for training in (True, False))

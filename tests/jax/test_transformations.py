@@ -100,6 +100,23 @@ def test_a_jitted_step_calls_the_kernels_forward_and_backward_once() -> None:
     assert calls(False) == (0, 0)
 
 
+@pytest.mark.skipif(not primitives.available(), reason="the kernels were not built")
+def test_a_runtime_that_refuses_the_kernels_is_told_of_once_and_xla_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise RuntimeError("an unknown version")
+
+    monkeypatch.setattr(jax.ffi, "register_ffi_target", refuse)
+    primitives.available.cache_clear()
+    try:
+        x = jnp.asarray(RNG.normal(size=(7, 3)), jnp.float32)  # of a shape that nothing else has compiled
+        with pytest.warns(UserWarning, match="does not take the CPU kernels.*an unknown version"):
+            y, _ = batch_norm(x, *init(3), training=True)
+        assert not primitives.available()
+        np.testing.assert_allclose(y, batch_norm(x, *init(3), training=True, fused=False)[0], atol=1e-6)
+    finally:
+        primitives.available.cache_clear()
+
+
 def test_without_wide_types_everything_is_float32() -> None:
     x = jnp.asarray(X[0])
     assert x.dtype == jnp.float32

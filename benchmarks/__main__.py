@@ -25,7 +25,7 @@ from .measure import check, peak_megabytes, times
 from .memory import KEPT, RETURNED, THEIR_OWN, environment
 from .terminal import terminal
 
-TITLES = {"numpy": "NumPy", "pytorch": "PyTorch", "tensorflow": "TensorFlow"}
+TITLES = {"jax": "JAX", "numpy": "NumPy", "pytorch": "PyTorch", "tensorflow": "TensorFlow"}
 
 
 def main() -> int:

@@ -17,8 +17,12 @@ from batchnorm import demo
 from batchnorm.demo import digits, experiments, report
 from batchnorm.demo.experiments import Clips, Comparison, Curve, Experiment, Measured, Outcome, Result
 
-MODULES = {"tensorflow": "batchnorm.demo.tensorflow", "torch": "batchnorm.demo.pytorch"}
-NAMES = {"tensorflow": "TensorFlow", "torch": "PyTorch"}
+MODULES = {
+    "tensorflow": "batchnorm.demo.tensorflow",
+    "torch": "batchnorm.demo.pytorch",
+    "jax": "batchnorm.demo.jax",
+}
+NAMES = {"tensorflow": "TensorFlow", "torch": "PyTorch", "jax": "JAX"}
 each_framework = pytest.mark.parametrize("framework", MODULES)
 
 
@@ -255,7 +259,7 @@ def test_a_missing_package_is_named(
 
     monkeypatch.setattr(importlib, "import_module", missing)
     assert demo.main(["--framework", framework]) == 2
-    extras = {"tensorflow": "demo", "torch": "demo,torch"}[framework]
+    extras = {"tensorflow": "demo", "torch": "demo,torch", "jax": "demo,flax"}[framework]
     assert capsys.readouterr().err == f'batchnorm demo needs {words}: pip install "batchnorm[{extras}]"\n'
 
 

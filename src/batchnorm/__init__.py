@@ -3,6 +3,9 @@
 Import the layer in the dialect of your framework::
 
     from batchnorm.tensorflow import BatchNormalization
+    from batchnorm.torch import BatchNorm2d
+    from batchnorm.flax import BatchNorm
+    from batchnorm.jax import batch_norm
     from batchnorm.numpy import BatchNormalization
 
 This module itself imports no framework.

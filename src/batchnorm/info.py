@@ -52,6 +52,8 @@ def lines() -> Iterator[str]:
     yield from _served("NumPy", _numpy_kernel)
     if importlib.util.find_spec("tensorflow") is not None:
         yield from _served("TensorFlow", _tensorflow_kernel)
+    if importlib.util.find_spec("jax") is not None:
+        yield from _served("JAX", _jax_kernel)
     if importlib.util.find_spec("torch") is not None:
         yield from _served("PyTorch", _torch_kernel)
         few = (_torch_kernel({}, training, size=2) for training in (True, False))
@@ -87,6 +89,21 @@ def _tensorflow_kernel(options: dict[str, Any], training: bool) -> str | None:
     layer = BatchNormalization(**options)
     layer(tf.ones([4, 2, 2, 3]), training=training)
     return layer.kernel
+
+
+def _jax_kernel(options: dict[str, Any], training: bool) -> str | None:
+    import jax
+    import jax.numpy as jnp
+
+    from .core.passes import COMPOSED
+    from .jax import batch_norm, init, primitives
+
+    options = dict(options)
+    axis = tuple(options.pop("axis", [-1]))
+    parameters, statistics = init((4,) * len(axis), renorm=options.pop("renorm", False))
+    x = jax.device_put(jnp.ones((4, 4, 4, 4)), jax.devices("cpu")[0])
+    step = jax.jit(lambda x: batch_norm(x, parameters, statistics, training=training, axis=axis, **options))
+    return cpu.KERNEL if primitives.TARGETS["forward"] in step.lower(x).as_text() else COMPOSED
 
 
 def _torch_kernel(options: dict[str, Any], training: bool, size: int = 16) -> str | None:

@@ -43,12 +43,14 @@ def files(folder: str) -> list[Path]:
     return sorted((ROOT / folder).rglob("*.py"))
 
 
-SURFACES = ("numpy", "tensorflow", "torch")
+SURFACES = ("flax", "jax", "numpy", "tensorflow", "torch")
 
 
 def test_there_are_files_to_look_at() -> None:
     expected = {
-        "core": {"algebra.py", "geometry.py", "normalize.py", "options.py", "passes.py", "state.py"},
+        "core": {"algebra.py", "geometry.py", "normalize.py", "options.py", "passes.py", "schedules.py", "state.py"},
+        "flax": {"linen.py"},
+        "jax": {"functional.py", "namespace.py", "primitives.py"},
         "numpy": {"compute.py", "layer.py", "namespace.py"},
         "tensorflow": {"base.py", "compute.py", "installing.py", "layer.py", "namespace.py", "operations.py"},
         "torch": {"autograd.py", "cpu.py", "functional.py", "layout.py", "modules.py", "namespace.py", "operators.py"},
@@ -83,6 +85,16 @@ def test_the_tensorflow_layer_imports_tensorflow_core_and_itself(path: Path) -> 
 @pytest.mark.parametrize("path", files("torch"), ids=lambda path: path.name)
 def test_the_pytorch_layer_imports_pytorch_core_and_itself(path: Path) -> None:
     assert strangers(path, "torch", "tqdm", "batchnorm.core", "batchnorm.cpu", "batchnorm.torch") <= {"batchnorm"}
+
+
+@pytest.mark.parametrize("path", files("jax"), ids=lambda path: path.name)
+def test_the_jax_layer_imports_jax_core_and_itself(path: Path) -> None:
+    assert strangers(path, "jax", "numpy", "batchnorm.core", "batchnorm.cpu", "batchnorm.jax") <= {"batchnorm"}
+
+
+@pytest.mark.parametrize("path", files("flax"), ids=lambda path: path.name)
+def test_the_flax_layers_import_flax_jax_core_and_the_function(path: Path) -> None:
+    assert strangers(path, "flax", "jax", "batchnorm.core", "batchnorm.jax", "batchnorm.flax") == set()
 
 
 def test_the_package_itself_imports_nothing_but_the_cpu_kernels() -> None:

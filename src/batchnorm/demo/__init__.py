@@ -21,11 +21,18 @@ __all__ = ["main"]
 _PACKAGES = {
     "tensorflow": "TensorFlow",
     "torch": "PyTorch",
+    "jax": "JAX",
+    "flax": "Flax",
+    "optax": "Optax",
     "sklearn": "scikit-learn",
     "matplotlib": "Matplotlib",
     "rich": "Rich",
 }
-_FRAMEWORKS = {"tensorflow": ("tensorflow", "demo"), "torch": ("pytorch", "demo,torch")}
+_FRAMEWORKS = {
+    "tensorflow": ("tensorflow", "demo"),
+    "torch": ("pytorch", "demo,torch"),
+    "jax": ("jax", "demo,flax"),
+}
 """The module here that runs the experiments on a framework, and the extras that bring what it needs."""
 
 

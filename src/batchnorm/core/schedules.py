@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any
 
-import torch
-from torch import Tensor
-
-from batchnorm.core.options import received
+from .options import received
 
 __all__ = ["ClippingSchedule"]
 
@@ -18,7 +16,8 @@ class ClippingSchedule:
     """Limits of renorm's correction by the number of batches seen, as in the paper.
 
     Until `start` there is no correction, r = 1 and d = 0. Then r's upper limit rises linearly from 1 to `rmax` at batch
-    `rmax_end`, and d's from 0 to `dmax` at batch `dmax_end`; then they stay. r's lower limit is 1/rmax, d's −dmax.
+    `rmax_end`, and d's from 0 to `dmax` at batch `dmax_end`; then they stay. r's lower limit is 1/rmax, d's −dmax. An
+    end that is `start` is a switch: all of the limit from that batch on.
 
     Source: Ioffe, Batch Renormalization (2017), section 4.
 
@@ -34,6 +33,9 @@ class ClippingSchedule:
     {'rmin': 1.0, 'rmax': 1.0, 'dmax': 0.0}
     >>> schedule(25_000)["dmax"], schedule(10**6)["rmax"]
     (5.0, 3.0)
+    >>> switch = ClippingSchedule(100_000, rmax_end=100_000, dmax_end=100_000)
+    >>> switch(99_999)["dmax"], switch(100_000)["dmax"]
+    (0.0, 5.0)
     """
 
     start: int = 5_000
@@ -54,15 +56,20 @@ class ClippingSchedule:
             if not (least <= value < math.inf):
                 raise ValueError(f"{name} must be finite and {allowed}; {received(value)}.")
 
-    def __call__(self, num_batches_tracked: int | Tensor) -> dict[str, float | Tensor]:
-        """Give the limits after a number of batches, as tensors if it is one."""
-        upper = 1 + (self.rmax - 1) * self._part(num_batches_tracked, self.rmax_end)
-        return {"rmin": 1 / upper, "rmax": upper, "dmax": self.dmax * self._part(num_batches_tracked, self.dmax_end)}
+    def __call__(self, batches: Any) -> dict[str, Any]:
+        """Give the limits after a number of batches: of an int as floats, of a framework's integer as its arrays."""
+        upper = 1 + (self.rmax - 1) * self._part(batches, self.rmax_end)
+        return {"rmin": 1 / upper, "rmax": upper, "dmax": self.dmax * self._part(batches, self.dmax_end)}
 
-    def _part(self, batches: int | Tensor, end: int) -> float | Tensor:
-        """How much of the way from `start` to `end` is behind, from 0 to 1."""
-        way = max(end - self.start, 1)
-        if torch.is_tensor(batches):
-            kept = torch.float32 if batches.device.type == "mps" else torch.float64  # MPS has no float64
-            return ((batches - self.start).to(kept) / way).clamp(0, 1)
-        return min(max((batches - self.start) / way, 0.0), 1.0)
+    def _part(self, batches: Any, end: int) -> Any:
+        """How much of the way from `start` to `end` is behind, from 0 to 1.
+
+        |n − begin| − |n − end| + (end − begin) is twice n − begin between them, and stays beyond; every framework can
+        say it, and in integers it is exact.
+        """
+        begin = min(self.start, end - 1)
+        way = end - begin
+        twice = abs(batches - begin) - abs(batches - end) + way
+        if not getattr(twice, "is_mps", True):  # PyTorch divides integers in float32, and MPS has no float64
+            twice = twice.double()
+        return twice / (2 * way)

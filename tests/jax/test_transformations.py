@@ -1,0 +1,163 @@
+"""Every transformation of JAX over the kernels and their primitives, against the composed layer under the same one."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.test_util import check_grads
+
+from batchnorm.jax import batch_norm, init, primitives
+
+RNG = np.random.default_rng(0)
+X = RNG.normal(1.0, 2.0, (4, 8, 3))
+SCALE, BIAS = RNG.uniform(0.5, 1.5, 3), RNG.normal(size=3)
+OPTIONS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "renorm": {"renorm": True},
+    "virtual batches": {"virtual_batch_size": 4},
+    "no parameters": {"bare": True},
+}
+
+
+def _norm(x: Any, scale: Any, bias: Any, *, fused: bool | None, options: dict[str, Any]) -> Any:
+    _, statistics = init(3, renorm="renorm" in options, dtype=x.dtype)
+    parameters = {} if "bare" in options else {"scale": scale, "bias": bias}
+    limits = {"rmin": 0.5, "rmax": 1.5, "dmax": 0.2} if "renorm" in options else None
+    size = options.get("virtual_batch_size")
+    return batch_norm(
+        x, parameters, statistics, training=True, fused=fused, renorm_clipping=limits, virtual_batch_size=size
+    )[0]
+
+
+def _loss(n: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda x, scale, bias: (n(x, scale, bias) ** 3).sum()
+
+
+TRANSFORMATIONS: dict[str, Callable[[Callable[..., Any]], Any]] = {
+    "eager": lambda n: n(X[0], SCALE, BIAS),
+    "grad": lambda n: jax.jit(jax.grad(_loss(n), (0, 1, 2)))(X[0], SCALE, BIAS),
+    "jvp": lambda n: jax.jvp(n, (X[0], SCALE, BIAS), (X[1], BIAS, SCALE)),
+    "hessian": lambda n: jax.hessian(_loss(n), (0, 1))(X[0], SCALE, BIAS),
+    "grad of grad": lambda n: jax.grad(lambda x: (jax.grad(_loss(n))(x, SCALE, BIAS) ** 2).sum())(X[0]),
+    "grad of jvp": lambda n: jax.grad(lambda s: (jax.jvp(lambda x: n(x, s, BIAS), (X[0],), (X[1],))[1] ** 2).sum())(
+        SCALE
+    ),
+    "jacobians": lambda n: (jax.jacfwd(n)(X[0], SCALE, BIAS), jax.jacrev(n, 1)(X[0], SCALE, BIAS)),
+    "vmap of batches": lambda n: jax.jit(jax.vmap(jax.grad(_loss(n), (0, 1)), (0, None, None)))(X, SCALE, BIAS),
+    "vmap of parameters": lambda n: jax.vmap(n, (None, 0, None))(X[0], jnp.stack([SCALE, BIAS]), BIAS),
+    "vmap of vmap": lambda n: jax.vmap(jax.vmap(n, (0, None, None)), (None, 0, 0))(
+        X, jnp.stack([SCALE, BIAS]), jnp.stack([BIAS, SCALE])
+    ),
+    "vmap of an axis inside": lambda n: jax.vmap(n, (1, None, None), 2)(jnp.swapaxes(X, 0, 1), SCALE, BIAS),
+    "scan": lambda n: jax.grad(
+        lambda s: jax.lax.scan(lambda carry, x: (n(carry, s, BIAS) + x, None), X[0], X[1:])[0].sum() ** 2
+    )(SCALE),
+    "checkpoint": lambda n: jax.grad(jax.checkpoint(_loss(n)), (0, 1))(X[0], SCALE, BIAS),
+    "donated": lambda n: jax.jit(n, donate_argnums=0)(jnp.array(X[0]), SCALE, BIAS),
+    "linearized": lambda n: jax.linearize(n, X[0], SCALE, BIAS)[1](X[1], BIAS, SCALE),
+}
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.filterwarnings("ignore:Some donated buffers were not usable")
+@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize("transformation", TRANSFORMATIONS)
+def test_transformations_give_what_they_give_of_the_composed_layer(transformation: str, option: str) -> None:
+    transform = TRANSFORMATIONS[transformation]
+    found, right = (
+        jax.tree.leaves(transform(functools.partial(_norm, fused=fused, options=OPTIONS[option])))
+        for fused in (None, False)
+    )
+    for one, other in zip(found, right, strict=True):
+        assert one.dtype == other.dtype
+        np.testing.assert_allclose(one, other, rtol=1e-8, atol=1e-9)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("fused", [None, False])
+def test_derivatives_of_both_modes_and_orders_are_those_of_differences(fused: bool | None) -> None:
+    norm = functools.partial(_norm, fused=fused, options={})
+    check_grads(norm, (jnp.asarray(X[0]), jnp.asarray(SCALE), jnp.asarray(BIAS)), order=2, modes=("fwd", "rev"))
+
+
+@pytest.mark.skipif(not primitives.available(), reason="the kernels were not built")
+def test_a_jitted_step_calls_the_kernels_forward_and_backward_once() -> None:
+    x = jnp.asarray(X, jnp.float32)
+
+    def calls(fused: bool | None) -> tuple[int, ...]:
+        norm = functools.partial(_norm, fused=fused, options={})
+        scale, bias = jnp.asarray(SCALE, jnp.float32), jnp.asarray(BIAS, jnp.float32)
+        text = jax.jit(jax.vmap(jax.grad(_loss(norm), (0, 1, 2)), (0, None, None))).lower(x, scale, bias).as_text()
+        return tuple(text.count(f"@{target}(") for target in primitives.TARGETS.values())
+
+    assert calls(None) == (1, 1)
+    assert calls(False) == (0, 0)
+
+
+@pytest.mark.skipif(not primitives.available(), reason="the kernels were not built")
+def test_a_runtime_that_refuses_the_kernels_is_told_of_once_and_xla_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise RuntimeError("an unknown version")
+
+    monkeypatch.setattr(jax.ffi, "register_ffi_target", refuse)
+    primitives.available.cache_clear()
+    try:
+        x = jnp.asarray(RNG.normal(size=(7, 3)), jnp.float32)  # of a shape that nothing else has compiled
+        with pytest.warns(UserWarning, match="does not take the CPU kernels.*an unknown version"):
+            y, _ = batch_norm(x, *init(3), training=True)
+        assert not primitives.available()
+        np.testing.assert_allclose(y, batch_norm(x, *init(3), training=True, fused=False)[0], atol=1e-6)
+    finally:
+        primitives.available.cache_clear()
+
+
+def test_without_wide_types_everything_is_float32() -> None:
+    x = jnp.asarray(X[0])
+    assert x.dtype == jnp.float32
+    y, statistics = batch_norm(x, *init(3, renorm=True), training=True)
+    assert {value.dtype for value in (y, *statistics.values())} == {jnp.dtype(jnp.float32)}
+
+
+def test_parameters_and_statistics_are_pytrees_that_a_compiled_loop_carries() -> None:
+    parameters, statistics = init(3, renorm=True)
+    x = jnp.asarray(RNG.normal(size=(5, 16, 3)), jnp.float32)
+
+    def step(statistics: Any, x: Any) -> Any:
+        y, statistics = batch_norm(x, parameters, statistics, training=True)
+        return statistics, y
+
+    carried, outputs = jax.jit(lambda s: jax.lax.scan(step, s, x))(statistics)
+    for each, y in zip(x, outputs, strict=True):
+        statistics, right = step(statistics, each)
+        np.testing.assert_allclose(y, right, atol=1e-6)
+    for name, value in carried.items():
+        np.testing.assert_allclose(value, statistics[name], rtol=1e-6)
+
+
+def test_synchronised_statistics_are_those_of_all_values_under_vmap_with_unequal_counts() -> None:
+    x = RNG.normal(3.0, 2.0, (3, 8, 2)).astype(np.float32)
+    mask = np.zeros((3, 8, 1), bool)
+    mask[0, :5] = mask[2, :7] = True  # of the second nothing counts
+    parameters, statistics = init(2)
+
+    def apart(x: Any, mask: Any) -> Any:
+        return batch_norm(x, parameters, statistics, training=True, mask=mask, axis_name="i", momentum=0.0)
+
+    def loss(function: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda x: (function(x)[0] ** 3 * mask).sum()
+
+    both = jax.vmap(apart, axis_name="i")
+    y, moved = both(x, mask)
+    whole, right = batch_norm(x, parameters, statistics, training=True, mask=mask, momentum=0.0)
+    np.testing.assert_allclose(y, whole, atol=1e-5)
+    for name, value in moved.items():
+        np.testing.assert_allclose(value, np.broadcast_to(right[name], value.shape), rtol=1e-5)
+    gradient = jax.grad(loss(lambda x: both(x, mask)))(x)
+    expected = jax.grad(loss(lambda x: batch_norm(x, parameters, statistics, training=True, mask=mask)))(x)
+    np.testing.assert_allclose(gradient, expected, atol=1e-4)

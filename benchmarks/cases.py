@@ -5,6 +5,9 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 
+import numpy as np
+import numpy.typing as npt
+
 __all__ = ["Case", "cases", "small_calls"]
 
 RESNET50 = (
@@ -21,6 +24,8 @@ OTHERS = {
     "3-D": ((2, 32, 16, 64, 64), 1),
 }
 OPTIONS = ("renorm", "virtual batches", "renorm + virtual batches", "adjustment", "two axes")
+COUNTING = ("mask of ones", "half masked", "uneven virtual batches")
+"""What says which values count, where the kernels take it; half masked is all but the first half of each sample."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +40,7 @@ class Case:
         mode: ``"forward"`` (in training), ``"step"`` (forward and backward) or ``"inference"``; ``"eager step"`` and
             ``"eager inference"`` are without a graph where the framework has one; ``"network"`` is a training step of
             a whole network.
-        option: ``"plain"`` or one of `OPTIONS`.
+        option: ``"plain"`` or one of `OPTIONS` or `COUNTING`.
     """
 
     network: str
@@ -64,6 +69,18 @@ class Case:
         return ", ".join((self.mode, self.option, self.dtype, self.layout.removeprefix("features ")))
 
     @property
+    def mask(self) -> npt.NDArray[np.bool_] | None:
+        """What counts, by position; None where that is everything."""
+        if "mask" not in self.option:
+            return None
+        positions = tuple(size for at, size in enumerate(self.shape) if at != self.axis % len(self.shape))
+        kept = np.ones(positions, bool)
+        if self.option == "half masked":
+            rows = kept.reshape(positions[0], -1) if len(positions) > 1 else kept.reshape(2, -1)
+            rows[(slice(None), slice(rows.shape[1] // 2, None)) if len(positions) > 1 else 1] = False
+        return kept
+
+    @property
     def layout(self) -> str:
         """Where the features are."""
         return "features last" if self.axis == -1 else "features first"
@@ -90,6 +107,8 @@ def cases(framework: str, quick: bool) -> list[Case]:
             found += [Case(network, shape, axis, dtype, mode) for mode in ("forward", "step", "inference")]
         if network != "ResNet-50" or axis == usual:
             legal = OPTIONS if len(shape) > 2 else OPTIONS[:-1]
+            if framework in ("pytorch", "numpy"):
+                legal = (*legal, *COUNTING)
             if framework == "pytorch" and network == "tabular":
                 legal = (*legal, "virtual batches of 128")
             found += [Case(network, shape, axis, "float32", "step", option) for option in legal]

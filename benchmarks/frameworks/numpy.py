@@ -46,7 +46,8 @@ def _options(case: Case) -> dict[str, Any]:
     if "renorm" in case.option:
         options |= {"renorm": True, "renorm_clipping": {"rmin": 1 / 3, "rmax": 3.0, "dmax": 5.0}}
     if "virtual" in case.option:
-        options["virtual_batch_size"] = min(8, case.shape[0])
+        size = min(8, case.shape[0])
+        options["virtual_batch_size"] = size - 1 if "uneven" in case.option else size
     if case.option == "adjustment":
         scale = np.linspace(0.93, 1.07, case.shape[case.axis], dtype=case.dtype)
         scale = scale.reshape([-1 if axis == case.axis % len(case.shape) else 1 for axis in range(len(case.shape))])
@@ -57,8 +58,10 @@ def _options(case: Case) -> dict[str, Any]:
 
 
 def _run(layer: Any, case: Case, x: Array, dy: Array) -> Callable[[], list[Any]]:
+    given = {} if case.mask is None else {"mask": case.mask}
+
     def step() -> list[Any]:
-        y, gradient = layer.vjp(x, training=True)
+        y, gradient = layer.vjp(x, training=True, **given)
         inputs, gamma, beta, _ = gradient(dy)
         return [y, inputs, gamma, beta]
 

@@ -56,7 +56,8 @@ def _options(case: Case) -> dict[str, Any]:
     if "renorm" in case.option:
         options |= {"renorm": True, "renorm_clipping": {"rmin": 1 / 3, "rmax": 3.0, "dmax": 5.0}}
     if "virtual" in case.option:
-        options["virtual_batch_size"] = min(128 if "128" in case.option else 8, case.shape[0])
+        size = min(128 if "128" in case.option else 8, case.shape[0])
+        options["virtual_batch_size"] = size - 1 if "uneven" in case.option else size
     if case.option == "adjustment":
         shape = _first(case)
         scale = torch.linspace(0.93, 1.07, shape[1]).reshape(-1, *(1,) * (len(shape) - 2))
@@ -67,14 +68,15 @@ def _options(case: Case) -> dict[str, Any]:
 def _run(layer: nn.Module, case: Case, x: Tensor, dy: Tensor) -> Callable[[], list[Tensor]]:
     layer.train(case.mode != "inference")
     parameters = list(layer.parameters())
+    given = (x,) if case.mask is None else (x, torch.from_numpy(case.mask))
 
     def step() -> list[Tensor]:
-        y = layer(x)
+        y = layer(*given)
         return [y, *torch.autograd.grad(y, [x, *parameters], dy)]
 
     @torch.no_grad()
     def forward() -> list[Tensor]:
-        return [layer(x)]
+        return [layer(*given)]
 
     return step if case.mode == "step" else forward
 

@@ -206,17 +206,16 @@ def normalize(
     Of `options` only what PyTorch's own layer does not have is read; the rest is given, as it is at this moment. Where
     `moves` is false, no average moves in training; renorm corrects by its own as they stand.
     """
-    traced, transformed = layout.is_traced(), layout.is_transformed()
-    if not transformed:
-        x = layout.canonical(x)
+    x = layout.canonical(x)
     if not training:
         return _evaluate(x, axes, options, state, eps, mask)
+    traced, transformed = layout.is_traced(), layout.is_transformed()
     weight, bias = state.weight, state.bias
     running = state[:2] if moves else (None, None)
     size, renorm = options.virtual_batch_size, state.renorm_mean is not None
     plain = axes == (1,) and not renorm and size is None and options.adjustment is None
     plain = plain and mask is None and not options.skip_nonfinite
-    if layout.is_exported():
+    if traced and layout.is_exported():
         if not plain or options.fused is False or torch.is_tensor(momentum):
             raise NotImplementedError(
                 "A training step with an option or with momentum=None cannot be exported or recorded: whoever moves "

@@ -85,7 +85,7 @@ def is_eager() -> bool:
 
 def is_traced() -> bool:
     """Tell whether what is called now goes into a graph, or to a mode that looks at every operator."""
-    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0 or is_recorded()
+    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0 or torch._C._is_tracing()
 
 
 def is_recorded() -> bool:
@@ -131,7 +131,7 @@ def canonical(x: Tensor) -> Tensor:
     PyTorch's operator asks for the format in two ways, of which one looks at such axes, and the other does not. Where
     they differ, its gradients are wrong (pytorch/pytorch#63224).
     """
-    if x.dim() not in (4, 5) or x.is_contiguous():
+    if x.dim() not in (4, 5) or x.is_contiguous() or is_transformed():
         return x
     if not x.is_contiguous(memory_format=torch.channels_last if x.dim() == 4 else torch.channels_last_3d):
         return x

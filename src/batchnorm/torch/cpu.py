@@ -118,8 +118,8 @@ def check(x: Tensor, view: View, **values: Tensor | None) -> None:
         size = sizes.get(name, (2 if name == "correction" else 1) * view.parameters)
         if not value.is_cpu:
             raise ValueError(f"{name} must be on the CPU; received one on {value.device}.")
-        dtype = {"dy": x.dtype, "moments": torch.float64, "correction": wide(x), "counts": wide(x)}.get(name)
-        if dtype is not None and value.dtype != dtype:
+        dtype = {"dy": x.dtype, "moments": wide(x), "correction": wide(x), "counts": wide(x)}.get(name)
+        if dtype is not None and value.dtype not in ((dtype, torch.float64) if name == "moments" else (dtype,)):
             raise TypeError(f"{name} must be of {dtype}; received {value.dtype}.")
         if not value.is_floating_point():
             raise TypeError(f"{name} must be of a floating-point type; received {value.dtype}.")

@@ -112,7 +112,7 @@ def _backward(
     if weights is not None and counted is None:
         raise ValueError("counts must be given with weights.")
     dx, dfactor, doffset = cpu.backward(
-        dy, x, factor, offset, moments.contiguous(), corrected, weights, counted, static
+        dy, x, factor, offset, moments.to(torch.float64).contiguous(), corrected, weights, counted, static
     )
     dfactor, doffset = (
         moments.new_empty(0, dtype=wide(x)) if gradient is None else gradient for gradient in (dfactor, doffset)

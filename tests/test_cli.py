@@ -42,7 +42,7 @@ def test_info_says_which_kernels_are_missing_and_how_to_get_them(
     operations: str | None, said: str, wanted: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cpu, "library", None)
-    monkeypatch.setattr(cpu, "operations", lambda: operations)
+    monkeypatch.setattr(cpu, "binding", lambda to: operations)
     found = list(itertools.takewhile(lambda line: not line.startswith("NumPy, "), info.lines()))
     assert found[-3].startswith(f"CPU kernels: {said}; ")
     assert wanted in found[-2]

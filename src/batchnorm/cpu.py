@@ -15,11 +15,11 @@ from .core.geometry import View
 __all__ = [
     "KERNEL",
     "TYPES",
+    "binding",
     "instruction_set",
     "kernel",
     "library",
     "num_threads",
-    "operations",
     "set_num_threads",
     "share_threads",
 ]
@@ -63,9 +63,9 @@ def kernel(view: View, dtype: str, epsilon: float) -> Any:
     return library.Kernel(**view._asdict(), dtype=dtype, epsilon=epsilon)
 
 
-def operations() -> str | None:
-    """Find the library of operations for TensorFlow; None where it was not built."""
-    found = importlib.util.find_spec("batchnorm._tensorflow_ops")  # no module, but it lies where modules do
+def binding(to: str) -> str | None:
+    """Find the library that binds the kernels to ``"tensorflow"`` or ``"xla"``; None where it was not built."""
+    found = importlib.util.find_spec(f"batchnorm._{to}_ops")  # no module, but it lies where modules do
     return None if found is None else found.origin
 
 

@@ -36,7 +36,7 @@ def lines() -> Iterator[str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     if cpu.library is None:
-        if cpu.operations() is None:
+        if cpu.binding("tensorflow") is None:
             yield "CPU kernels: not built; the composed path serves everything"
             yield "To have them, install GCC or Clang, and the headers of Python (python3-dev or the like), and then"
         else:

@@ -21,7 +21,7 @@ import tensorflow as tf
 import batchnorm
 from tests.cpu.cases import *
 
-ops = tf.load_op_library(batchnorm.cpu.operations())
+ops = tf.load_op_library(batchnorm.cpu.binding('tensorflow'))
 
 
 def attributes(first, last, apart=(-1, -1), size=0):

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from jax.test_util import check_grads
 
+from batchnorm import cpu
 from batchnorm.jax import batch_norm, init, primitives
 
 RNG = np.random.default_rng(0)
@@ -84,6 +85,10 @@ def test_transformations_give_what_they_give_of_the_composed_layer(transformatio
 def test_derivatives_of_both_modes_and_orders_are_those_of_differences(fused: bool | None) -> None:
     norm = functools.partial(_norm, fused=fused, options={})
     check_grads(norm, (jnp.asarray(X[0]), jnp.asarray(SCALE), jnp.asarray(BIAS)), order=2, modes=("fwd", "rev"))
+
+
+def test_the_kernels_are_there_where_they_were_built() -> None:
+    assert primitives.available() == (cpu.binding("xla") is not None)
 
 
 @pytest.mark.skipif(not primitives.available(), reason="the kernels were not built")

@@ -190,7 +190,7 @@ def batch_norm(
     y, averaged = _train(x, parameters, statistics, plan, options, _adjustment(options, x, plan), weights, merge)
     if not update:
         return y.astype(y_type), dict(statistics)
-    return y.astype(y_type), _moved(statistics, averaged, plan, options, skip_nonfinite)
+    return y.astype(y_type), _moved(statistics, averaged, plan, options)
 
 
 def with_renorm(statistics: Any, epsilon: float = 1e-5) -> Any:
@@ -255,8 +255,8 @@ def checked_options(
         virtual_batch_size=virtual_batch_size,
         adjustment=adjustment,
         fused=fused,
+        skip_nonfinite=skip_nonfinite,
     )
-    flag("skip_nonfinite", skip_nonfinite)
     if features is not None and features != (1 if isinstance(axis, int) else len(axis)):
         raise ValueError(f"num_features must have one size for each axis; received {features} and axis={axis}.")
     if axis_name is not None and virtual_batch_size is not None:
@@ -371,14 +371,12 @@ def _merge(axis_name: Any, groups: Any) -> Callable[[Moments], Moments]:
     return merge
 
 
-def _moved(
-    statistics: Arrays, averaged: Moments, plan: Geometry, options: Options, skip_nonfinite: bool
-) -> dict[str, Array]:
+def _moved(statistics: Arrays, averaged: Moments, plan: Geometry, options: Options) -> dict[str, Array]:
     """The statistics after a step."""
     found = algebra.reshaped(xp, averaged, plan.feature_sizes)
     mean, variance = (jax.lax.stop_gradient(value) for value in found[:2])
     moments = Moments(mean, variance, found.count)
-    finite = algebra.finite(xp, moments) if skip_nonfinite else None
+    finite = algebra.finite(xp, moments) if options.skip_nonfinite else None
     averages = {AVERAGES[name]: value for name, value in statistics.items() if name in AVERAGES and value is not None}
     moved = algebra.step(
         xp, averages, moments, options.epsilon, rate=options.rate, renorm_rate=options.renorm_rate, moves=finite

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import pathlib
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -28,7 +27,6 @@ import numpy as np
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
-import batchnorm
 from batchnorm import cpu
 from batchnorm.core import algebra, normalize
 from batchnorm.core.algebra import Correction, Moments
@@ -205,15 +203,15 @@ def available() -> bool:
     Not at import, and after the CPU's backend: XLA checks at once then, and a refusal is an exception here and not the
     failure of the first operation of the user's program.
     """
-    path = next((p for folder in batchnorm.__path__ if (p := pathlib.Path(folder) / "_xla_ops.so").is_file()), None)
+    path = cpu.binding("xla")
     if path is None:
         return False
     try:
         jax.devices("cpu")
-        library = ctypes.CDLL(str(path))
+        library = ctypes.CDLL(path)
         for name in TARGETS.values():
             jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(getattr(library, name)), platform="cpu")
-        cpu.share_threads(str(path))  # its pool is its own
+        cpu.share_threads(path)  # its pool is its own
     except Exception as error:
         warnings.warn(
             f"batchnorm: this jaxlib does not take the CPU kernels, so XLA computes everything: {error}", stacklevel=2

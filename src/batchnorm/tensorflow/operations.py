@@ -22,7 +22,7 @@ __all__ = ["KERNEL", "forward", "on_cpu", "serves"]
 
 
 def _load() -> Any:
-    path = cpu.operations()
+    path = cpu.binding("tensorflow")
     operations = None if path is None else tf.load_op_library(path)
     if path is None or not hasattr(operations, "batchnorm_forward"):
         return None

@@ -73,12 +73,11 @@ class Static(NamedTuple):
 class Averages(NamedTuple):
     """What a training step moves besides renorm's own averages, and the weights of the new values.
 
-    The variance moves to the unbiased one, if asked for; with renorm to the biased one in any case.
+    The variance moves to the unbiased one; with renorm to the biased one.
     """
 
     running: tuple[Tensor | None, Tensor | None]
     momentum: float
-    unbiased: bool
     renorm_momentum: float
 
 
@@ -173,10 +172,10 @@ def forward(
             "r": r, "d": d, "rmin": rmin, "rmax": rmax, "dmax": dmax,
         }  # fmt: skip
     if averages is not None:
-        (running_mean, running_variance), momentum, unbiased, renorm_momentum = averages
+        (running_mean, running_variance), momentum, renorm_momentum = averages
         optional |= {
             "running_mean": _at("running_mean", running_mean), "running_variance": _at("running_var", running_variance),
-            "momentum": momentum, "unbiased": unbiased, "renorm_momentum": renorm_momentum,
+            "momentum": momentum, "unbiased": True, "renorm_momentum": renorm_momentum,
         }  # fmt: skip
     kernel.forward_at(
         threads=torch.get_num_threads(), x=_at("x", x), y=_at("y", y), mean=mean, variance=variance,
@@ -195,7 +194,7 @@ def move(
 ) -> None:
     """Move the averages as `forward` does with them, but after it: where it was not certain yet that it succeeds."""
     kernel = layout.kernel(x, static.axes, static.virtual_batch_size, static.epsilon)[2]
-    running, momentum, unbiased, renorm_momentum = averages
+    running, momentum, renorm_momentum = averages
     names = ("running_mean", "running_variance", "renorm_mean", "renorm_stddev")
     given = dict(zip(names, (*running, *(renorm or ())), strict=False))
     if counts is not None:
@@ -203,7 +202,7 @@ def move(
     kernel.move_averages(
         mean=moments[0].numpy(), variance=moments[1].numpy(),
         **{name: value.detach().numpy() for name, value in given.items() if value is not None},
-        momentum=momentum, unbiased=unbiased, renorm_momentum=renorm_momentum,
+        momentum=momentum, unbiased=True, renorm_momentum=renorm_momentum,
     )  # fmt: skip
 
 

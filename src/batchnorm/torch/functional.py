@@ -257,7 +257,7 @@ def normalize(
             y, group_moments, counts = operators.forward(x, factor, offset, corrected, weights, static)
         else:
             if moves and taken and not torch.is_tensor(momentum) and not options.skip_nonfinite:
-                averages = Averages(running, momentum, True, renorm_momentum)
+                averages = Averages(running, momentum, renorm_momentum)
             later = averages is not None and _may_yet_raise(x)
             old, limits = (None, None) if corrected is None else (corrected[:2], cpu.limits(clipping))
             y, group_moments, counts = autograd.forward(

@@ -192,12 +192,7 @@ class Layer(_BatchNorm):
             if not torch.compiler.is_compiling():
                 self.__dict__["kernel"] = functional.TORCH
             return y
-        batches = self.num_batches_tracked if self.training and self.track_running_stats else None
-        if batches is not None and not torch.compiler.is_compiling() and batches.is_inference():
-            checks.moved({"num_batches_tracked": batches})
-        momentum: float | Tensor = 0.0 if self.momentum is None else self.momentum
-        if self.momentum is None and batches is not None:  # the plain average of all batches
-            momentum = 1.0 / (batches + 1) if torch.compiler.is_compiling() else 1.0 / (float(batches) + 1)
+        batches, momentum = self._counted()
         renorm = self.training and self.running_mean is not None
         y, kernel, moved = functional.normalize(
             input,
@@ -227,14 +222,10 @@ class Layer(_BatchNorm):
 
     def _forward_small(self, input: Tensor) -> Tensor:
         """Train plainly on few values, where microseconds count, as `functional.normalize` would."""
-        running_mean = running_var = batches = None
+        batches, momentum = self._counted()
+        running_mean = running_var = None
         if self.track_running_stats:
-            running_mean, running_var, batches = self.running_mean, self.running_var, self.num_batches_tracked
-            if batches is not None and batches.is_inference():
-                checks.moved({"num_batches_tracked": batches})
-        momentum = self.momentum
-        if momentum is None:
-            momentum = 0.0 if batches is None else 1.0 / (float(batches) + 1)
+            running_mean, running_var = self.running_mean, self.running_var
         y = nn.functional.batch_norm(
             layout.canonical(input), running_mean, running_var, self.weight, self.bias, True, momentum, self.eps
         )
@@ -242,6 +233,18 @@ class Layer(_BatchNorm):
             batches.add_(1)
         self.__dict__["kernel"] = functional.TORCH
         return y
+
+    def _counted(self) -> tuple[Tensor | None, Any]:
+        """The counter of batches where it is to move, and the weight of the new value: with None, a plain average's."""
+        batches = self.num_batches_tracked if self.training and self.track_running_stats else None
+        compiling = torch.compiler.is_compiling()
+        if batches is not None and not compiling and batches.is_inference():
+            checks.moved({"num_batches_tracked": batches})
+        if self.momentum is not None:
+            return batches, self.momentum
+        if batches is None:
+            return None, 0.0
+        return batches, 1.0 / ((batches if compiling else float(batches)) + 1)
 
     def __prepare_scriptable__(self) -> Layer:
         """Say what `torch.jit.script` cannot do, before it tries."""

@@ -23,6 +23,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "renorm": {"renorm": True},
     "virtual batches": {"virtual_batch_size": 4},
     "no parameters": {"bare": True},
+    "mask and renorm": {"mask": RNG.random((8, 1)) < 0.6, "renorm": True},
+    "weights and uneven virtual batches": {"mask": RNG.random((8, 1)), "virtual_batch_size": 3},
 }
 
 
@@ -30,10 +32,8 @@ def _norm(x: Any, scale: Any, bias: Any, *, fused: bool | None, options: dict[st
     _, statistics = init(3, renorm="renorm" in options, dtype=x.dtype)
     parameters = {} if "bare" in options else {"scale": scale, "bias": bias}
     limits = {"rmin": 0.5, "rmax": 1.5, "dmax": 0.2} if "renorm" in options else None
-    size = options.get("virtual_batch_size")
-    return batch_norm(
-        x, parameters, statistics, training=True, fused=fused, renorm_clipping=limits, virtual_batch_size=size
-    )[0]
+    known = {name: options[name] for name in ("mask", "virtual_batch_size") if name in options}
+    return batch_norm(x, parameters, statistics, training=True, fused=fused, renorm_clipping=limits, **known)[0]
 
 
 def _loss(n: Callable[..., Any]) -> Callable[..., Any]:

@@ -23,8 +23,11 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "renorm": {"renorm": True},
     "virtual batches": {"virtual_batch_size": 4},
     "no parameters": {"bare": True},
-    "mask and renorm": {"mask": RNG.random((8, 1)) < 0.6, "renorm": True},
-    "weights and uneven virtual batches": {"mask": RNG.random((8, 1)), "virtual_batch_size": 3},
+    "mask, renorm and uneven virtual batches": {
+        "mask": RNG.random((8, 1)) < 0.6,
+        "renorm": True,
+        "virtual_batch_size": 3,
+    },
 }
 
 
@@ -67,7 +70,9 @@ TRANSFORMATIONS: dict[str, Callable[[Callable[..., Any]], Any]] = {
 
 @pytest.mark.usefixtures("x64")
 @pytest.mark.filterwarnings("ignore:Some donated buffers were not usable")
-@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize(
+    "option", [pytest.param(name, marks=pytest.mark.slow) if "mask" in OPTIONS[name] else name for name in OPTIONS]
+)
 @pytest.mark.parametrize("transformation", TRANSFORMATIONS)
 def test_transformations_give_what_they_give_of_the_composed_layer(transformation: str, option: str) -> None:
     transform = TRANSFORMATIONS[transformation]

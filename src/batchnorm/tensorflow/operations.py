@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import tensorflow as tf
 from tensorflow.python.ops import control_flow_util  # nothing public tells whether XLA compiles what is traced
 
@@ -80,14 +81,14 @@ def forward(
     dtype = wide(x)
 
     def flat(value: Any) -> Any:
-        return tf.zeros([0], dtype) if value is None else tf.reshape(tf.cast(value, dtype), [-1])
+        return np.zeros(0, dtype.as_numpy_dtype) if value is None else tf.reshape(tf.cast(value, dtype), [-1])
 
     clipping = Clipping() if renorm is None else renorm.clipping
     nothing = flat(None)
     y, group_mean, group_variance, count, _, _ = _operations.batchnorm_forward(
         x=x,
         view=_view(x, plan),
-        weights=tf.zeros([0], tf.bool) if weights is None else tf.reshape(weights, [-1]),
+        weights=np.zeros(0, bool) if weights is None else tf.reshape(weights, [-1]),
         factor=flat(factor),
         offset=flat(offset),
         renorm_mean=nothing if renorm is None else flat(renorm.mean),

@@ -276,8 +276,7 @@ def _call(direction: str, operands: Sequence[Array], results: Any, plan: Geometr
     x = operands[0]
     view = _view(x.shape[lead:], plan)
     shapes = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in results]
-    in_place = {1: 0} if direction == "backward" else None  # dx where dy was
-    call = jax.ffi.ffi_call(TARGETS[direction], shapes, input_output_aliases=in_place)
+    call = jax.ffi.ffi_call(TARGETS[direction], shapes)  # dx where dy was would have XLA copy a dy that is needed still
     numbers = {name: np.int64(value) for name, value in view._asdict().items()}
     return call(*operands, epsilon=np.float64(epsilon), **numbers)
 

@@ -151,7 +151,9 @@ def test_a_batch_that_does_not_divide_names_both_numbers_and_moves_nothing(batch
     with pytest.raises(ValueError, match=f"{batch} samples and virtual_batch_size=3"):
         layer(tf.ones([batch, 2]), training=True)
     train = tf.function(lambda x: layer(x, training=True), input_signature=[tf.TensorSpec([None, 2])])
-    with pytest.raises(tf.errors.InvalidArgumentError, match=f"batch of {batch} samples and virtual_batch_size=3"):
+    with pytest.raises(
+        tf.errors.InvalidArgumentError, match=rf"batch of \W*{batch}\W* samples and virtual_batch_size=3"
+    ):
         train(tf.ones([batch, 2]))
     np.testing.assert_equal(layer.get_weights(), before)
 

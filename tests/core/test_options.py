@@ -80,7 +80,7 @@ for _name in ("momentum", "renorm_momentum", "epsilon"):
         (_name, [0.9], TypeError),
         (_name, np.array([0.9]), TypeError),
     ]
-for _name in ("center", "scale", "renorm", "fused", "cumulative", "skip_nonfinite"):
+for _name in ("center", "scale", "renorm", "fused", "cumulative", "skip_nonfinite", "synchronized"):
     BAD += [
         (_name, "True", TypeError),
         (_name, 2, TypeError),
@@ -89,7 +89,7 @@ for _name in ("center", "scale", "renorm", "fused", "cumulative", "skip_nonfinit
         (_name, [], TypeError),
         (_name, np.array([True]), TypeError),
     ]
-for _name in ("center", "scale", "renorm", "cumulative", "skip_nonfinite"):
+for _name in ("center", "scale", "renorm", "cumulative", "skip_nonfinite", "synchronized"):
     BAD.append((_name, None, TypeError))
 
 
@@ -158,7 +158,7 @@ def test_an_axis_is_kept_as_python_ints(axis: Any, kept: Any) -> None:
         assert type(axis) is int
 
 
-@pytest.mark.parametrize("name", ["center", "scale", "renorm", "fused", "cumulative", "skip_nonfinite"])
+@pytest.mark.parametrize("name", ["center", "scale", "renorm", "fused", "cumulative", "skip_nonfinite", "synchronized"])
 @pytest.mark.parametrize("value", [True, False, 1, 0, np.True_, np.False_, np.int64(1), np.uint8(0)])
 def test_a_flag_is_kept_as_a_python_bool(name: str, value: Any) -> None:
     assert getattr(options(name, value), name) is bool(value)

@@ -28,6 +28,8 @@ COLOURS: Mapping[str, str] = MappingProxyType(
         "batch renorm": "#d55e00",
         "virtual batches of 16": "#009e73",
         "adjustment": "#aa4499",
+        "synchronized": "#009e73",
+        "synchronized renorm": "#aa4499",
     }
 )
 """One for each method, told apart also by the colour-blind (Okabe and Ito; Tol)."""

@@ -23,6 +23,7 @@ from . import compute
 from . import namespace as xp
 from .base import InputSpec, Layer
 from .serialization import get, serialize
+from .synchronized import has_replicas, merge
 
 __all__ = ["BatchNorm", "BatchNormalization", "batch_norm", "batch_normalization"]
 
@@ -140,6 +141,8 @@ class BatchNormalization(Layer):
         virtual_batch_size: int | None = None,
         adjustment: Callable[[Any], tuple[Any, Any]] | None = None,
         name: str | None = None,
+        *,
+        synchronized: bool = False,
         **kwargs: Any,
     ) -> None:
         self._options = Options(
@@ -154,6 +157,7 @@ class BatchNormalization(Layer):
             fused=self._default_fused if fused is None else fused,
             virtual_batch_size=virtual_batch_size,
             adjustment=adjustment,
+            synchronized=synchronized,
         )
         functions = {
             "beta_initializer": beta_initializer,
@@ -186,6 +190,7 @@ class BatchNormalization(Layer):
     fused = _option("fused", "Whether a fused implementation was asked for.")
     virtual_batch_size = _option("virtual_batch_size", "Samples in each virtual batch.", shapes=True)
     adjustment = _option("adjustment", "The function that gives scale and bias in training.")
+    synchronized = _option("synchronized", "Whether the statistics are those of all replicas.")
 
     @property
     def axis(self) -> int | list[int]:
@@ -355,10 +360,14 @@ class BatchNormalization(Layer):
             return self._infer(x)
         if training is True:
             self._plan.check_divides(x.shape[0])
-        # Outside of any conditional, so that what it makes can be used by others, as in the original.
+        # Outside of any conditional: what the adjustment makes can be used by others, as in the original, and replicas
+        # wait for each other whichever branch they take.
         adjustment, by_feature = self._adjust(x)
         measured = self._measured(x, mask)
         weights = None if mask is None or measured is not None else compute.weights(mask, x, self._plan)
+        merged = self.synchronized and has_replicas()
+        if merged:
+            measured = merge(measured or compute.measure(x, self._plan, weights))
         if training is True:
             y, moments, self.kernel = self._train(x, adjustment, by_feature, measured, weights)
         else:
@@ -375,7 +384,8 @@ class BatchNormalization(Layer):
 
             y, mean, variance, count = tf.cond(training, train, infer)
             self.kernel = served[-1]
-            moments = Moments(mean, variance, self._plan.whole.count(xp.shape(x)) if weights is None else count)
+            known = weights is None and not merged
+            moments = Moments(mean, variance, self._plan.whole.count(xp.shape(x)) if known else count)
         y.set_shape(inputs.shape)
         self._update(moments, None if training is True else training)
         return y
@@ -477,7 +487,7 @@ class BatchNormalization(Layer):
         masked = {"mask": None} if _accepts(self._moments, *arguments, keep_dims=keep_dims, mask=None) else {}
         moments = self._moments(*arguments, keep_dims=keep_dims, **masked)
         mean, variance = (value if keep_dims else tf.reshape(value, plan.view_shape) for value in moments)
-        return Moments(mean, variance, 1)
+        return Moments(mean, variance, xp.astype(plan.count(xp.shape(arguments[0])), mean.dtype))
 
     def _assign(self, variable: Any, value: Any, momentum: Any) -> Any:
         hook = self._assign_moving_average
@@ -535,6 +545,8 @@ class BatchNormalization(Layer):
             config["fused"] = self.fused
         if self.virtual_batch_size is not None:
             config["virtual_batch_size"] = self.virtual_batch_size
+        if self.synchronized:
+            config["synchronized"] = True
         if self.adjustment is not None:
             warnings.warn(
                 f"the adjustment of layer {self.name} is a function, and is left out of its configuration.",
@@ -568,6 +580,8 @@ def batch_normalization(  # noqa: D417 - the other arguments are those of the cl
     fused: bool | None = None,
     virtual_batch_size: int | None = None,
     adjustment: Callable[[Any], tuple[Any, Any]] | None = None,
+    *,
+    synchronized: bool = False,
 ) -> Any:
     """Make a `BatchNormalization` layer and apply it, for v1 graphs.
 
@@ -615,6 +629,7 @@ def batch_normalization(  # noqa: D417 - the other arguments are those of the cl
         trainable=trainable,
         virtual_batch_size=virtual_batch_size,
         adjustment=adjustment,
+        synchronized=synchronized,
         name=name,
         _reuse=reuse,
         _scope=name,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import socket
 import subprocess
 import sys
@@ -25,8 +26,9 @@ def outputs(*arguments: list[str]) -> list[str]:
         processes = []
         for given in arguments:
             command = [sys.executable, "-m", "tests.tensorflow.replicas", *given]
-            pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-            processes.append(stack.enter_context(subprocess.Popen(command, cwd=ROOT, **pipes)))
+            how: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "cwd": ROOT}
+            how["env"] = os.environ | {"TF_CPP_MIN_LOG_LEVEL": "3"}
+            processes.append(stack.enter_context(subprocess.Popen(command, **how)))
             stack.callback(processes[-1].kill)
         return [process.communicate(timeout=SECONDS)[0] for process in processes]
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
+import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +20,9 @@ DOCUMENTS = [
 ]
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 LANGUAGES = {"python", "sh", "text"}
+PROGRAM = re.compile(r"# (\w+\.py)$")
+"""The first line of a block that is a file of its own; the commands of the document run it."""
+SECONDS = 240
 
 
 def blocks(text: str) -> list[tuple[str, int, list[str]]]:
@@ -34,11 +40,23 @@ def blocks(text: str) -> list[tuple[str, int, list[str]]]:
     return found
 
 
+def programs(text: str) -> dict[str, str]:
+    """The files of a document by name."""
+    python = (block for language, _, block in blocks(text) if language == "python")
+    return {match[1]: "\n".join(block) for block in python if (match := PROGRAM.match(block[0]))}
+
+
+def commands(text: str) -> list[str]:
+    """What the document runs its programs by."""
+    lines = (line for language, _, block in blocks(text) if language == "sh" for line in block)
+    return [line for line in lines if any(name in line for name in programs(text))]
+
+
 def script(text: str) -> str:
-    """The Python of a document, each line where it is in the document, so that errors name it."""
+    """The Python of a document that is no file of its own, each line where it is, so that errors name it."""
     lines: list[str] = []
     for language, before, block in blocks(text):
-        if language == "python":
+        if language == "python" and not PROGRAM.match(block[0]):
             lines += [""] * (before - len(lines)) + block
     return "\n".join(lines)
 
@@ -57,6 +75,13 @@ def test_there_is_documentation_with_python_in_it() -> None:
     assert names >= {"README.md", "design.md", "mathematics.md", "dialects.md", "deviations.md"}
     with_python = {path.name for path in DOCUMENTS if script(path.read_text(encoding="utf-8"))}
     assert with_python >= {"README.md", "mathematics.md", "dialects.md", "deviations.md"}
+
+
+def test_every_program_of_a_document_is_run() -> None:
+    for path in DOCUMENTS:
+        text = path.read_text(encoding="utf-8")
+        for name in programs(text):
+            assert any(name in command for command in commands(text)), f"{path.name}: {name}"
 
 
 def test_a_script_has_its_lines_where_the_document_has_them() -> None:
@@ -84,6 +109,34 @@ def test_python_runs_as_printed(path: Path, tmp_path: Path) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+COMMANDS = [(path, command) for path in DOCUMENTS for command in commands(path.read_text(encoding="utf-8"))]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("path", "command"), COMMANDS, ids=lambda value: getattr(value, "name", value))
+def test_commands_run_programs_as_printed(path: Path, command: str, tmp_path: Path) -> None:
+    for name, program in programs(path.read_text(encoding="utf-8")).items():
+        (tmp_path / name).write_text(program + "\n", encoding="utf-8")
+    environment = os.environ | {"TF_CPP_MIN_LOG_LEVEL": "3", "PYTHONUTF8": "1", "PYTHONWARNINGS": "error"}
+    environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    # In a session of their own, so that none of the processes that a program starts outlives the test.
+    with subprocess.Popen(
+        shlex.split(command),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        cwd=tmp_path,
+        env=environment,
+        start_new_session=True,
+    ) as process:
+        try:
+            printed, _ = process.communicate(timeout=SECONDS)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == 0, printed[-3000:]
 
 
 @by_name

@@ -207,6 +207,47 @@ def test_merging_in_float32_stays_right_where_the_mean_is_large_beside_the_sprea
     np.testing.assert_allclose(xp.numpy(merged.variance), whole[1], rtol=2e-6)
 
 
+@pytest.mark.parametrize("name", [name for name in PARTS if "by feature" not in name])
+def test_what_replicas_add_up_gives_the_moments_of_the_whole(xp: Arrays, name: str) -> None:
+    sizes, weights = PARTS[name]
+    x = drawn(24, 3, seed=11) + 5.0
+    parts, whole = split_moments(x, weights, sizes)
+    dtype = xp.array(0.0).dtype
+    total: Any = 0
+    for mean, variance, count, squares in zip(*parts, strict=True):
+        of = (xp.array(value[None, :, None]) for value in (mean, variance))
+        counted = (xp.array(np.reshape(value[0], (1, 1, 1))) for value in (count, squares))
+        moments = Moments(*of, next(counted), 0.0, next(counted))
+        total = algebra.totals(xp.namespace, moments, dtype) + total
+    assert total.shape[0] == 2 + 2 * 3
+    found = algebra.from_totals(xp.namespace, total, (1, 3, 1), dtype)
+    near(xp, xp.namespace.reshape(found.mean + found.rest, (1, 3)), whole[0])
+    near(xp, xp.namespace.reshape(found.variance, (1, 3)), whole[1])
+    near(xp, found.count, whole[2][0, :1])
+    near(xp, found.square_count, whole[3][0, :1])
+
+
+def test_what_replicas_add_up_in_float64_keeps_the_variance_beside_a_large_mean(xp: Arrays) -> None:
+    x = np.random.default_rng(0).normal(1e4, 1.0, (64, 6)).astype(np.float32)
+    total: Any = 0
+    for part in np.split(x, [40, 40, 47]):
+        origin, distance = np.float32(1e4), (part.astype(np.float64) - 1e4).sum(0) / max(len(part), 1)
+        variance = (part - 1e4 - distance).astype(np.float64) ** 2
+        near_origin = Moments.near(
+            xp.array(np.full(6, origin)),
+            xp.array(distance.astype(np.float32)),
+            xp.array((variance.sum(0) / max(len(part), 1)).astype(np.float32)),
+            len(part),
+        )
+        total = algebra.totals(xp.namespace, near_origin, xp.array(0.0).dtype) + total
+    found = algebra.from_totals(xp.namespace, total, (6,), xp.array(origin).dtype)
+    assert xp.numpy(found.mean).dtype == xp.numpy(found.variance).dtype == np.float32
+    wide = x.astype(np.float64)
+    mean = xp.numpy(found.mean).astype(np.float64) + xp.numpy(found.rest)
+    np.testing.assert_allclose(mean, wide.mean(0), rtol=0, atol=1e-6)
+    np.testing.assert_allclose(xp.numpy(found.variance), wide.var(0), rtol=2e-6)
+
+
 # Batch renormalization
 
 

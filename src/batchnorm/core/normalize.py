@@ -221,13 +221,13 @@ def _as_part(xp: Namespace, plan: Geometry, dtype: Any, moments: Moments) -> lis
     return [mean, *filled]
 
 
-def measure(xp: Namespace, x: Array, axes: Sequence[int]) -> Moments:
-    """Mean and biased variance over some axes, which stay with size 1."""
+def measure(xp: Namespace, x: Array, axes: Sequence[int], weights: Array | None = None) -> Moments:
+    """Mean and biased variance over some axes, which stay with size 1; of what has a weight, where there are any."""
     sizes = xp.shape(x)
     count: Any = 1
     for axis in axes:
         count = count * sizes[axis]
-    return passes.moments(xp, x, axes, xp.astype(count, x.dtype))[0]
+    return passes.moments(xp, x, axes, xp.astype(count, x.dtype), weights)[0]
 
 
 def infer(

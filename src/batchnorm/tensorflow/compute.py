@@ -19,7 +19,7 @@ from . import namespace as xp
 from . import operations
 from .namespace import wide
 
-__all__ = ["assign_moving_average", "infer", "measure", "move", "move_by", "train", "view", "weights"]
+__all__ = ["assign_moving_average", "infer", "move", "move_by", "train", "view", "weights"]
 
 v1 = tf.compat.v1
 
@@ -131,12 +131,6 @@ def _fused(x: Any, plan: Geometry, options: Options, read: Read, moving: tuple[A
         data_format=("NC" + "DHW"[5 - plan.rank :]) if first else ("N" + "DHW"[5 - plan.rank :] + "C"),
         is_training=not moving,
     )
-
-
-def measure(x: Any, plan: Geometry, weights: Any = None) -> Moments:
-    """The moments of a whole batch, as its view has them."""
-    count = None if weights is not None else xp.astype(plan.count(xp.shape(x)), wide(x))
-    return passes.moments(xp, tf.cast(x, wide(x)), plan.reduced_axes, count, weights)[0]
 
 
 def view(x: Any, plan: Geometry) -> Any:

@@ -367,7 +367,8 @@ class BatchNormalization(Layer):
         weights = None if mask is None or measured is not None else compute.weights(mask, x, self._plan)
         merged = self.synchronized and has_replicas()
         if merged:
-            measured = merge(measured or compute.measure(x, self._plan, weights))
+            own = measured or normalize.measure(xp, compute.view(x, self._plan), self._plan.reduced_axes, weights)
+            measured = merge(own)
         if training is True:
             y, moments, self.kernel = self._train(x, adjustment, by_feature, measured, weights)
         else:

@@ -103,11 +103,11 @@ class _Apart(nn.Module):
     def __init__(self, replicas: int, channels: int, options: dict[str, Any]) -> None:
         super().__init__()
         self.norm = BatchNorm((replicas, channels), axis=(1, 2), affine=False, **options)
-        self.weight, self.bias = nn.Parameter(torch.ones(channels, 1, 1)), nn.Parameter(torch.zeros(channels, 1, 1))
+        self.weight, self.bias = nn.Parameter(torch.ones(channels)), nn.Parameter(torch.zeros(channels))
 
     def forward(self, x: Tensor) -> Tensor:
         shares = x.unflatten(0, (-1, self.norm.num_features[0]))
-        y: Tensor = self.norm(shares) * self.weight + self.bias
+        y: Tensor = self.norm(shares) * self.weight[:, None, None] + self.bias[:, None, None]
         return y.flatten(0, 1)
 
 

@@ -120,7 +120,7 @@ ENGINES = {"tensorflow": TENSORFLOW, "jax": JAX}
 
 def expected(xs: Any, dys: Any) -> dict[str, Any]:
     """What one process has with the samples of all replicas."""
-    found = {}
+    found: dict[str, Any] = {}
     for case in ("plain", "renorm"):
         options: dict[str, Any] = {"renorm_clipping": CLIPPING} if case == "renorm" else {}
         layer = batchnorm.numpy.BatchNormalization(

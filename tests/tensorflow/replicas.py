@@ -21,7 +21,7 @@ import tensorflow as tf
 import batchnorm.numpy
 from batchnorm.tensorflow import BatchNormalization
 
-SPLITS = {2: [(5, 7), (6, 0), (0, 0), (1, 1)], 3: [(5, 0, 7), (4, 4, 4), (1, 0, 0)]}
+SPLITS: dict[int, list[tuple[int, ...]]] = {2: [(5, 7), (6, 0), (0, 0), (1, 1)], 3: [(5, 0, 7), (4, 4, 4), (1, 0, 0)]}
 """How many samples each replica has in each step."""
 CLIPPING = {"rmin": 0.5, "rmax": 2.0, "dmax": 1.0}
 
@@ -136,8 +136,7 @@ def run(strategy: Any, case: Case) -> Iterator[str]:
         given = [distributed(strategy, np.split(array, ends[1:-1])) for array in (x, dy, mask)]
         found = train(*given, tf.constant(training) if case.tensor else training)
 
-        masked = {"mask": mask} if case.mask and training else {}
-        y, gradient = reference.vjp(x.astype(np.float64), training, **masked)
+        y, gradient = reference.vjp(x.astype(np.float64), training, mask if case.mask and training else None)
         right = gradient(dy.astype(np.float64))
         expected = {f"gradient of {name}": getattr(right, name) for name in parameters}
         expected |= {name: value for name, value in reference.variables.items() if name not in parameters}
@@ -148,11 +147,11 @@ def run(strategy: Any, case: Case) -> Iterator[str]:
             expected["moving_variance"] = unbiased
         for place, at in enumerate(replicas):
             mine = slice(ends[at], ends[at + 1])
-            for name, value in (expected | {"y": y[mine], "dx": right.inputs[mine]}).items():
-                got = np.asarray(local(found[name])[place], np.float64)
+            for what, value in (expected | {"y": y[mine], "dx": right.inputs[mine]}).items():
+                got = np.asarray(local(found[what])[place], np.float64)
                 if not np.allclose(got, value, rtol=case.tolerance, atol=case.tolerance):
                     far = abs(got - value).max()
-                    yield f"{case.name}: {name} of replica {at} in step {number} of {split} samples, by {far:.1e}"
+                    yield f"{case.name}: {what} of replica {at} in step {number} of {split} samples, by {far:.1e}"
 
 
 def count_collectives(strategy: Any) -> None:
@@ -174,7 +173,7 @@ def count_collectives(strategy: Any) -> None:
         return tape.gradient(y, x)
 
     for step, number in ((forward, 1), (both, 2), (lambda x: layers[0](x), 0)):
-        traced = tf.function(lambda x, step=step: strategy.run(step, [x]))  # type: ignore[misc]
+        traced = tf.function(lambda x, step=step: strategy.run(step, [x]))
         graph = traced.get_concrete_function(tf.ones([4, 3])).graph.as_graph_def()
         nodes = [*graph.node, *(node for function in graph.library.function for node in function.node_def)]
         found = sum("Collective" in node.op or "Nccl" in node.op for node in nodes)

@@ -101,11 +101,12 @@ class _Apart(nnx.Module):
     """Normalization of the samples of each replica by themselves, with one scale and bias for all."""
 
     def __init__(self, replicas: int, channels: int, options: dict[str, Any]) -> None:
+        self.replicas = replicas
         self.norm = BatchNorm((replicas, channels), axis=(1, -1), use_scale=False, use_bias=False, **options)
         self.scale, self.bias = nnx.Param(jnp.ones(channels)), nnx.Param(jnp.zeros(channels))
 
     def __call__(self, x: Any, use_running_average: bool) -> Any:
-        shares = x.reshape(-1, self.norm.num_features[0], *x.shape[1:])
+        shares = x.reshape(-1, self.replicas, *x.shape[1:])
         y = self.norm(shares, use_running_average=use_running_average)
         return (y * self.scale[...] + self.bias[...]).reshape(x.shape)
 

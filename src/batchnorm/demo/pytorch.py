@@ -102,11 +102,12 @@ class _Apart(nn.Module):
 
     def __init__(self, replicas: int, channels: int, options: dict[str, Any]) -> None:
         super().__init__()
+        self.replicas = replicas
         self.norm = BatchNorm((replicas, channels), axis=(1, 2), affine=False, **options)
         self.weight, self.bias = nn.Parameter(torch.ones(channels)), nn.Parameter(torch.zeros(channels))
 
     def forward(self, x: Tensor) -> Tensor:
-        shares = x.unflatten(0, (-1, self.norm.num_features[0]))
+        shares = x.reshape(-1, self.replicas, *x.shape[1:])
         y: Tensor = self.norm(shares) * self.weight[:, None, None] + self.bias[:, None, None]
         return y.flatten(0, 1)
 

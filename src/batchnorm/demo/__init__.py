@@ -72,7 +72,7 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=prog,
         description="Train small networks on scans of digits, with and without each feature of the layer; print a "
-        "table and draw a figure. Takes two to three minutes on two cores.",
+        "table and draw a figure. Takes some minutes on two cores.",
     )
     parser.add_argument(
         "--output", type=Path, default=Path("batchnorm-demo.png"), metavar="PATH", help="figure to write, a PNG"

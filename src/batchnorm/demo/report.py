@@ -207,7 +207,7 @@ def draw(results: Sequence[Result], path: Path) -> None:
         axes.set_visible(False)
     seeds = len(results[0].outcomes[0].curves)
     figure.supxlabel(
-        f"Lines: mean of {seeds} seeds (at the top right, median). Bands: lowest to highest. Dots: single runs."
+        f"Lines: mean of {seeds} seeds (by learning rate, median). Bands: lowest to highest. Dots: single runs."
         if seeds > 1
         else "Single runs.",
         fontsize=8,

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
 import shlex
-import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from .processes import outputs
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [
@@ -22,7 +22,6 @@ LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 LANGUAGES = {"python", "sh", "text"}
 PROGRAM = re.compile(r"# (\w+\.py)$")
 """The first line of a block that is a file of its own; the commands of the document run it."""
-SECONDS = 240
 
 
 def blocks(text: str) -> list[tuple[str, int, list[str]]]:
@@ -119,24 +118,7 @@ COMMANDS = [(path, command) for path in DOCUMENTS for command in commands(path.r
 def test_commands_run_programs_as_printed(path: Path, command: str, tmp_path: Path) -> None:
     for name, program in programs(path.read_text(encoding="utf-8")).items():
         (tmp_path / name).write_text(program + "\n", encoding="utf-8")
-    environment = os.environ | {"TF_CPP_MIN_LOG_LEVEL": "3", "PYTHONUTF8": "1", "PYTHONWARNINGS": "error"}
-    environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    # In a session of their own, so that none of the processes that a program starts outlives the test.
-    with subprocess.Popen(
-        shlex.split(command),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        cwd=tmp_path,
-        env=environment,
-        start_new_session=True,
-    ) as process:
-        try:
-            printed, _ = process.communicate(timeout=SECONDS)
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-    assert process.returncode == 0, printed[-3000:]
+    outputs(shlex.split(command), cwd=tmp_path, env={"PYTHONWARNINGS": "error"})
 
 
 @by_name

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,6 +10,7 @@ import numpy as np
 import pytest
 
 import batchnorm.numpy
+from tests.processes import outputs
 
 CLIPPING = {"rmin": 0.5, "rmax": 2.0, "dmax": 1.0}
 AVERAGES = {"plain": ("moving_mean", "moving_variance"), "renorm": ("moving_mean", "renorm_mean", "renorm_stddev")}
@@ -19,7 +18,6 @@ AVERAGES = {"plain": ("moving_mean", "moving_variance"), "renorm": ("moving_mean
 
 COMMON = """
 import os, sys
-os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
 import numpy as np
 data = np.load("data.npz")
 xs, dys = data["x"], data["dy"]  # [step][sample][...]
@@ -114,6 +112,59 @@ for engine, layer in ENGINES.items():
             keep(f"{engine} {case}", number, y=y, dx=dx, **{name: averages[name] for name in AVERAGES[case]})
 """
 
+ENGINES = {
+    "shard_map": mapped(lambda x, statistics: function(x, statistics, axis_name="batch")),
+    "jit": function,
+    "linen": mapped(module),
+}
+for engine, layer in ENGINES.items():
+    for case in ("plain", "renorm"):
+        @jax.jit
+        def step(x, dy, statistics):
+            y, pullback, moved = jax.vjp(lambda x: layer(x, statistics), x, has_aux=True)
+            return y, pullback(dy)[0], moved
+
+        statistics = init(3, renorm=case == "renorm")[1]
+        for number, (x, dy) in enumerate(zip(xs, dys)):
+            x, dy = jax.device_put((x, dy), NamedSharding(mesh, P("batch")))
+            y, dx, statistics = step(x, dy, statistics)
+            averages = {TO_OURS.get(name, name): value for name, value in statistics.items()}
+            keep(f"{engine} {case}", number, y=y, dx=dx, **{name: averages[name] for name in AVERAGES[case]})
+"""
+
+PYTORCH = """
+rank = int(os.fork() == 0)  # before PyTorch has threads
+
+import torch
+import torch.distributed as dist
+from batchnorm.torch import BatchNorm
+
+dist.init_process_group("gloo", init_method="file://" + os.path.abspath("meeting"), rank=rank, world_size=2)
+
+def together(mine):
+    parts = [torch.empty_like(mine) for _ in range(2)]
+    dist.all_gather(parts, mine)
+    return torch.cat(parts)
+
+renorm = {"renorm": True, "renorm_clipping": CLIPPING, "renorm_momentum": 0.25}
+for case, options in (("plain", {}), ("renorm", renorm)):
+    layer = BatchNorm(3, axis=-1, eps=1e-3, momentum=0.25, synchronized=True, **options)
+    for number, arrays in enumerate(zip(xs, dys)):
+        x, dy = (torch.from_numpy(np.split(array, 2)[rank]) for array in arrays)
+        y = layer(x.requires_grad_())
+        y.backward(dy)
+        keep(case, number, y=together(y.detach()), dx=together(x.grad), moving_mean=layer.running_mean.clone())
+        if case == "renorm":
+            keep(case, number, renorm_mean=layer.renorm_mean.clone(), renorm_stddev=layer.renorm_stddev.clone())
+        else:  # which is the unbiased one, of 48 values
+            began = 0.75 ** (number + 1)
+            keep(case, number, moving_variance=(layer.running_var - began) * 47 / 48 + began)
+dist.destroy_process_group()
+if rank:
+    os._exit(0)
+assert os.wait()[1] == 0
+"""
+
 ENGINES = {"tensorflow": TENSORFLOW, "jax": JAX}
 """Programs; each keeps y, dx and the averages of every step of its cases, whose names end in what they are."""
 
@@ -140,16 +191,8 @@ def test_replicas_of_every_engine_give_what_one_process_gives(engine: str, tmp_p
     xs, dys = (rng.normal(mean, 1.5, (3, 12, 4, 3)).astype(np.float32) for mean in (3.0, 0.0))
     xs[:, :6] += 1  # replicas differ
     np.savez(tmp_path / "data.npz", x=xs, dy=dys)
-    done = subprocess.run(
-        [sys.executable, "-c", "\n".join([COMMON, f"{CLIPPING=}", f"{AVERAGES=}", ENGINES[engine], END])],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=tmp_path,
-        timeout=240,
-        env=os.environ | {"JAX_PLATFORMS": "cpu", "KERAS_BACKEND": "tensorflow"},
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    program = "\n".join([COMMON, f"{CLIPPING=}", f"{AVERAGES=}", ENGINES[engine], END])
+    outputs([sys.executable, "-c", program], cwd=tmp_path, env={"JAX_PLATFORMS": "cpu", "KERAS_BACKEND": "tensorflow"})
     right, found = expected(xs, dys), np.load(tmp_path / "found.npz")
     for name, value in found.items():
         *_, case, what, number = name.split()

@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
+import pytest
 import tensorflow as tf
 
 import batchnorm.numpy
@@ -207,6 +208,15 @@ def second_derivatives(strategy: Any) -> None:
         np.testing.assert_allclose(value, expected, rtol=1e-9, atol=1e-12)
 
 
+def refuse_graphs(strategy: Any) -> None:
+    """In a graph of TensorFlow 1 there is no derivative; that is said, and no variable made."""
+    with tf.Graph().as_default(), strategy.scope():
+        layer = BatchNormalization(synchronized=True)
+        with pytest.raises(ValueError, match="synchronized must be False"):
+            strategy.run(lambda: layer(tf.zeros([2, 3]), training=True))
+        assert layer.variables == []
+
+
 def main(kind: str, number: str, *ports: str) -> None:
     if kind == "worker":
         cluster = {"worker": [f"127.0.0.1:{port}" for port in ports]}
@@ -219,6 +229,7 @@ def main(kind: str, number: str, *ports: str) -> None:
     wrong = [line for case in CASES[: int(os.environ.get("ONLY", "99"))] for line in run(strategy, case)]
     count_collectives(strategy)
     second_derivatives(strategy)
+    refuse_graphs(strategy)
     print("\n".join(wrong) or "all right", flush=True)
 
 

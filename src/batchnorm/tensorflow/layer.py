@@ -23,7 +23,7 @@ from . import compute
 from . import namespace as xp
 from .base import InputSpec, Layer
 from .serialization import get, serialize
-from .synchronized import has_replicas, merge
+from .synchronized import check, has_replicas, merge
 
 __all__ = ["BatchNorm", "BatchNormalization", "batch_norm", "batch_normalization"]
 
@@ -94,6 +94,10 @@ class BatchNormalization(Layer):
         adjustment: Function of the (dynamic) shape of the input to a pair (scale, bias), called in training only; a
             and b above. Both must broadcast to the input. Cannot be used with `virtual_batch_size`.
         name: Name of the layer.
+        synchronized: Whether m and v are those of the values of all replicas of ``tf.distribute`` together, by one
+            collective forward and one backward; the averages move to them on each. Replicas may have different numbers
+            of samples, and none. All must call the layer, equally often. Outside of ``strategy.run`` it means nothing;
+            within, it needs eager execution or ``tf.function``. Cannot be used with `virtual_batch_size`.
         **kwargs: As for `Layer`: ``dtype``, ``_scope``, ``_reuse`` and others.
 
     Raises:
@@ -325,6 +329,8 @@ class BatchNormalization(Layer):
         inputs = tf.convert_to_tensor(inputs)
         if not inputs.dtype.is_floating:
             raise TypeError(f"inputs must be floating-point numbers; received dtype {inputs.dtype.name}.")
+        if self.synchronized:
+            check()
         plan = self._geometry or self._plan_for(inputs.shape)
         if inputs.shape.rank is None:
             raise ValueError(f"inputs must have rank {plan.rank}, as built for; received an unknown rank.")

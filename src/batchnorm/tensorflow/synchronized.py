@@ -9,7 +9,7 @@ from batchnorm.core.algebra import Moments
 
 from . import namespace as xp
 
-__all__ = ["has_replicas", "merge"]
+__all__ = ["check", "has_replicas", "merge"]
 
 
 def has_replicas() -> bool:
@@ -22,6 +22,15 @@ def has_replicas() -> bool:
     """
     context = tf.distribute.get_replica_context()
     return context is not None and context.num_replicas_in_sync > 1
+
+
+def check() -> None:
+    """Raise ValueError where TensorFlow has no derivative of what replicas add up."""
+    if has_replicas() and not tf.compat.v1.executing_eagerly_outside_functions():
+        raise ValueError(
+            "synchronized must be False for replicas in a graph of TensorFlow 1, where TensorFlow has no derivative of "
+            "what they add up; received True. In tf.function it has."
+        )
 
 
 def merge(moments: Moments) -> Moments:

@@ -215,9 +215,9 @@ def test_what_replicas_add_up_gives_the_moments_of_the_whole(xp: Arrays, name: s
     dtype = xp.array(0.0).dtype
     total: Any = 0
     for mean, variance, count, squares in zip(*parts, strict=True):
-        of = (xp.array(value[None, :, None]) for value in (mean, variance))
-        counted = (xp.array(np.reshape(value[0], (1, 1, 1))) for value in (count, squares))
-        moments = Moments(*of, next(counted), 0.0, next(counted))
+        shaped = [xp.array(value[None, :, None]) for value in (mean, variance)]
+        counted = [xp.array(value[None, :1, None]) for value in (count, squares)]
+        moments = Moments(shaped[0], shaped[1], counted[0], 0.0, counted[1])
         total = algebra.totals(xp.namespace, moments, dtype) + total
     assert total.shape[0] == 2 + 2 * 3
     found = algebra.from_totals(xp.namespace, total, (1, 3, 1), dtype)
@@ -231,16 +231,14 @@ def test_what_replicas_add_up_in_float64_keeps_the_variance_beside_a_large_mean(
     x = np.random.default_rng(0).normal(1e4, 1.0, (64, 6)).astype(np.float32)
     total: Any = 0
     for part in np.split(x, [40, 40, 47]):
-        origin, distance = np.float32(1e4), (part.astype(np.float64) - 1e4).sum(0) / max(len(part), 1)
-        variance = (part - 1e4 - distance).astype(np.float64) ** 2
-        near_origin = Moments.near(
-            xp.array(np.full(6, origin)),
-            xp.array(distance.astype(np.float32)),
-            xp.array((variance.sum(0) / max(len(part), 1)).astype(np.float32)),
-            len(part),
-        )
-        total = algebra.totals(xp.namespace, near_origin, xp.array(0.0).dtype) + total
-    found = algebra.from_totals(xp.namespace, total, (6,), xp.array(origin).dtype)
+        apart = part.astype(np.float64) - 1e4
+        divisor = max(len(part), 1)
+        distance = apart.sum(0) / divisor
+        fields = np.full(6, 1e4), distance, ((apart - distance) ** 2).sum(0) / divisor
+        origin, distance, variance = (xp.array(value.astype(np.float32)) for value in fields)
+        moments = Moments.near(origin, distance, variance, len(part))
+        total = algebra.totals(xp.namespace, moments, xp.array(0.0).dtype) + total
+    found = algebra.from_totals(xp.namespace, total, (6,), moments.mean.dtype)
     assert xp.numpy(found.mean).dtype == xp.numpy(found.variance).dtype == np.float32
     wide = x.astype(np.float64)
     mean = xp.numpy(found.mean).astype(np.float64) + xp.numpy(found.rest)

@@ -124,7 +124,7 @@ def replicas(x: Tensor, synchronized: bool, group: Any) -> Replicas | None:
 
 def _check_several(x: Tensor, merged: Moments, masked: bool) -> None:
     """Raise for single values, on all replicas alike. Elsewhere looking at the count would break a graph, or wait."""
-    if not masked and x.is_cpu and layout.is_eager() and float(merged.count) == 1:
+    if not masked and x.is_cpu and layout.is_eager() and float(merged.count.detach()) == 1:
         raise ValueError(
             f"Expected more than 1 value per channel when training, got input size {x.size()} and no other value in "
             f"the process group"

@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
+import os
 import pathlib
+import pickle
+import warnings
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, distributed, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.utils.checkpoint import checkpoint
 
-from batchnorm.torch import BatchNorm, ClippingSchedule, batch_norm, freeze, hold
+from batchnorm.torch import BatchNorm, ClippingSchedule, batch_norm, freeze, hold, recalibrate
 
 from .replicas import Process, buffers, run
 
@@ -79,7 +86,9 @@ CASES = {
     "cumulative": Case({"momentum": None}),
     "cumulative renorm": Case(RENORM | {"momentum": None}),
     "non-finite batches": Case({"skip_nonfinite": True}, mean=float("nan")),
-    "non-finite batches, composed": Case({"skip_nonfinite": True, "fused": False}, mean=float("nan"), kernel="composed"),
+    "non-finite batches, composed": Case(
+        {"skip_nonfinite": True, "fused": False}, mean=float("nan"), kernel="composed"
+    ),
     "not affine": Case({"affine": False}),
     "no bias": Case({"bias": False}),
     "untracked": Case({"track_running_stats": False}),
@@ -110,7 +119,7 @@ def train(process: Process, case: Case) -> None:
         mask = masked(case, shape, sizes)
         adjusted = adjustment(case, shape)
         results = []
-        for layer, sliced in ((expected, Tensor.clone), (found, lambda whole: process.part(whole, sizes))):
+        for layer, sliced in ((expected, Tensor.clone), (found, functools.partial(process.part, sizes=sizes))):
             dtype = torch.float64 if layer is expected else x.dtype
             given = sliced(x).to(dtype)
             if case.channels_last and given.numel():
@@ -131,7 +140,7 @@ def train(process: Process, case: Case) -> None:
                 y.backward(sliced(dy).to(dtype))
             results.append([y, given.grad, [leaf.grad for leaf in leaves]])
             if layer is found:
-                process.same("kernel", layer.kernel, case.kernel if len(given) else "composed")
+                process.same("kernel", layer.kernel, case.kernel)
                 process.same("type", (y.dtype, given.grad.dtype), (case.dtype, case.dtype))  # type: ignore[union-attr]
         (y, dx, dadjusted), (own_y, own_dx, own_dadjusted) = results
         where, tolerance = f"step {step}, {sizes}", case.tolerance
@@ -139,7 +148,9 @@ def train(process: Process, case: Case) -> None:
         process.near(f"{where}: dx", own_dx, process.part(dx, sizes), 4 * tolerance)
         for to, of in zip(own_dadjusted, dadjusted, strict=True):
             whole = process.summed(to) if of.shape[0] == 1 else to
-            process.near(f"{where}: adjustment", whole, of if of.shape[0] == 1 else process.part(of, sizes), 4 * tolerance)
+            process.near(
+                f"{where}: adjustment", whole, of if of.shape[0] == 1 else process.part(of, sizes), 4 * tolerance
+            )
         for name, parameter in found.named_parameters():
             whole = process.summed(parameter.grad)
             process.near(f"{where}: {name}", whole, expected.get_parameter(name).grad, 20 * tolerance)
@@ -212,11 +223,9 @@ def nothing_at_all(process: Process) -> None:
         y.sum().backward()
         process.near("y", y, torch.zeros(2, FEATURES, 5), 0)
         process.near("dx", some.grad, torch.zeros(2, FEATURES, 5), 0)
-        process.same("buffers", [name for name, value in buffers(layer).items() if not torch.equal(before[name], value)], [])
-
-
-def report(wrong: dict[str, list[str]]) -> str:
-    return "\n".join(f"{name}: {problem}" for name, problems in wrong.items() for problem in problems[:6])
+        process.same(
+            "buffers", [name for name, value in buffers(layer).items() if not torch.equal(before[name], value)], []
+        )
 
 
 class Training:
@@ -231,9 +240,351 @@ class Training:
 
 @pytest.mark.slow
 def test_parts_of_a_batch_train_as_the_whole_in_one_process(tmp_path: pathlib.Path) -> None:
-    suite = {name: Training(case) for name, case in CASES.items()} | {
-        "single value": single_value,
-        "nothing at all": nothing_at_all,
-    }
-    wrong = run(3, tmp_path, suite, 200)
-    assert not wrong, report(wrong)
+    suite = {name: Training(case) for name, case in CASES.items()}
+    run(3, tmp_path, suite | {"single value": single_value, "nothing at all": nothing_at_all}, 200)
+
+
+# ---- Within PyTorch's machinery, in three processes.
+
+
+SIZES = (5, 0, 4)
+
+
+def network(**options: Any) -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv1d(3, FEATURES, 3), BatchNorm(FEATURES, **options), nn.ReLU(), nn.Conv1d(FEATURES, 2, 3),
+        BatchNorm(2, **options),
+    )  # fmt: skip
+
+
+def batches(count: int, length: int = 8) -> list[Tensor]:
+    torch.manual_seed(3)
+    return [torch.randn(sum(SIZES), 3, length) + 1 for _ in range(count)]
+
+
+def wide(y: Tensor) -> Tensor:
+    """A loss that is a sum over samples, of which some processes have none."""
+    weights = torch.arange(1, y.shape[1] + 1, dtype=y.dtype)[:, None]
+    return (y * weights).pow(3).sum()
+
+
+def compare(
+    process: Process, where: str, model: nn.Module, whole: nn.Module, scale: float, tolerance: float = 2e-5
+) -> None:
+    """Compare what a step has left with that of the whole batch; gradients are `scale` times as large there."""
+    expected = [parameter.grad for parameter in whole.parameters() if parameter.grad is not None]
+    largest = max(gradient.abs().max() for gradient in expected)  # beside which some are rounding
+    for (name, parameter), other in zip(model.named_parameters(), expected, strict=True):
+        gradient: Any = parameter.grad
+        full = gradient.full_tensor() if hasattr(gradient, "full_tensor") else gradient
+        process.near(f"{where}: {name}", full * scale / largest, other / largest, tolerance)
+    for (name, buffer), other in zip(model.named_buffers(), whole.buffers(), strict=True):
+        process.near(f"{where}: {name}", buffer, other, tolerance)
+
+
+def in_ddp(process: Process) -> None:
+    """Two forward passes before a backward, with buffers sent or not; gradients gathered over several steps."""
+    for options in ({}, RENORM, {"fused": False}, {"momentum": None}):
+        for broadcast in (True, False):
+            model = network(synchronized=True, **options)
+            whole = network(**(options | {"fused": False})).double()
+            call = nn.parallel.DistributedDataParallel(model, broadcast_buffers=broadcast)
+            for step, (first, second) in enumerate(zip(batches(4)[::2], batches(4)[1::2], strict=True)):
+                model.zero_grad()
+                whole.zero_grad()
+                if step == 0:
+                    (wide(call(process.part(first, SIZES))) + wide(call(process.part(second, SIZES)))).backward()
+                else:
+                    with call.no_sync():
+                        wide(call(process.part(first, SIZES))).backward()
+                    wide(call(process.part(second, SIZES))).backward()
+                (wide(whole(first.double())) + wide(whole(second.double()))).backward()
+                compare(process, f"{options} {broadcast} {step}", model, whole, process.size)
+
+
+def masked_in_ddp(process: Process) -> None:
+    """Replicas that are not synchronized, each with a mask of its own: gradients are the mean of theirs."""
+
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.first, self.norm = nn.Conv1d(3, FEATURES, 1), BatchNorm(FEATURES, renorm=True)
+
+        def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+            y: Tensor = self.norm(self.first(x), mask)
+            return y
+
+    model, others = Masked(), [Masked() for _ in range(process.size)]
+    call = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
+    for x in batches(2):
+        mask = torch.rand(len(x), x.shape[2]) < 0.6
+        sizes = (3, 2, 4)
+        model.zero_grad()
+        wide(call(process.part(x, sizes), process.part(mask, sizes))).backward()
+        for other, part, some in zip(others, x.split(sizes), mask.split(sizes), strict=True):
+            other.zero_grad()
+            wide(other(part, some)).backward()
+        for name, parameter in model.named_parameters():
+            mean = torch.stack([other.get_parameter(name).grad for other in others]).mean(0)  # type: ignore[misc]
+            process.near(name, parameter.grad / (1 + mean.abs().max()), mean / (1 + mean.abs().max()), 1e-5)
+        for name, buffer in model.named_buffers():
+            process.near(name, buffer, others[process.rank].get_buffer(name), 1e-6)
+
+
+def checkpointed(process: Process) -> None:
+    """A forward pass that is done again has its collective again; gradients are right, and averages move twice."""
+    for fused in (None, False):
+        for reentrant in (True, False):
+            # Without the last one nothing would come after a layer that it saves, and recomputation stop before it moves.
+            model = nn.Sequential(network(synchronized=True, fused=fused), nn.Tanh())
+            whole = nn.Sequential(network(fused=False), nn.Tanh()).double()
+            (x,) = batches(1)
+            own = process.part(x, SIZES).requires_grad_()
+            with process.collectives("forward", 2):
+                y = checkpoint(model, own, use_reentrant=reentrant)
+            with process.collectives("backward", 4):
+                wide(y).backward()
+            wide(whole(x.double())).backward()
+            whole(x.double())
+            for parameter in model.parameters():
+                parameter.grad = process.summed(parameter.grad).float()  # type: ignore[arg-type]
+            compare(process, f"fused={fused}, reentrant={reentrant}", model, whole, 1)
+
+
+def sharded(process: Process) -> None:
+    """FSDP2, whose parameters lie in parts."""
+    mesh = init_device_mesh("cpu", (process.size,))
+    for options in ({}, RENORM):
+        model, whole = network(synchronized=True, **options), network(**options, fused=False).double()
+        for layer in model:
+            if list(layer.parameters()):
+                fully_shard(layer, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        for step, x in enumerate(batches(2)):
+            model.zero_grad()
+            whole.zero_grad()
+            wide(model(process.part(x, SIZES))).backward()
+            wide(whole(x.double())).backward()
+            compare(process, f"{options} {step}", model, whole, process.size)
+
+
+def grouped(process: Process) -> None:
+    """Groups of processes; a copy has the group, a pickle has not."""
+    groups = [distributed.new_group([0, 2]), distributed.new_group([1])]
+    group = groups[process.rank % 2]
+    layer = BatchNorm(FEATURES, synchronized=True, process_group=group)
+    (x,) = batches(1)
+    x = x.repeat(1, 2, 1)[:, :FEATURES]
+    sizes = (2, 4, 3)
+    ours = torch.cat([x.split(sizes)[0], x.split(sizes)[2]]) if process.rank != 1 else x.split(sizes)[1]
+    whole = BatchNorm(FEATURES)
+    expected = whole(ours)
+    expected = expected.split((2, 3))[process.rank // 2] if process.rank != 1 else expected
+    for each in (layer, copy.deepcopy(layer), copy.copy(layer), copy.deepcopy(nn.Sequential(layer))[0]):
+        process.same("group", each.process_group is group, True)
+        each.reset_running_stats()
+        process.near("y", each(process.part(x, sizes)), expected, 1e-5)
+        process.near("running_mean", each.running_mean, whole.running_mean, 1e-5)
+    function = batch_norm(process.part(x, sizes), None, None, training=True, synchronized=True, process_group=group)
+    process.near("function", function, expected, 1e-5)
+    with warnings.catch_warnings(record=True, action="always") as caught:
+        pickled = pickle.loads(pickle.dumps(layer))
+    process.same("warnings", ["process_group is not pickled" in str(each.message) for each in caught], [True])
+    process.same("pickled", (pickled.process_group, pickled.synchronized, pickled.options), (None, True, layer.options))
+    process.same("as it was", layer.process_group is group, True)
+    process.same("without a group", pickle.loads(pickle.dumps(pickled)).synchronized, True)
+    if process.rank == 0:
+        with pytest.raises(TypeError, match="process_group must be None or a torch"):
+            BatchNorm(FEATURES, synchronized=True, process_group=groups[1])
+    with pytest.raises(ValueError, match="process_group must be None without synchronized=True"):
+        BatchNorm(FEATURES, process_group=group)
+    with pytest.raises(ValueError, match="process_group must be None without synchronized=True"):
+        layer.synchronized = False
+
+
+def differentiated_twice(process: Process) -> None:
+    """The gradient of a penalty on gradients, on the kernels and composed; and of transformations."""
+    for options in ({}, RENORM, {"fused": False}):
+        layer, whole = BatchNorm(3, synchronized=True, **options), BatchNorm(3, **(options | {"fused": False})).double()
+        (x,) = batches(1)
+        results = []
+        for each, given in ((layer, process.part(x, SIZES)), (whole, x.double())):
+            given.requires_grad_()
+            (first,) = torch.autograd.grad(wide(each(given)), given, create_graph=True)
+            penalty = (first.square() * torch.linspace(0.5, 1, first.shape[2], dtype=first.dtype)).sum()
+            (penalty + wide(each(given))).backward()
+            results.append(given.grad)
+        scale = results[1].abs().max()
+        process.near(f"{options}: dx", results[0] / scale, process.part(results[1] / scale, SIZES), 1e-5)
+        for name, parameter in layer.named_parameters():
+            gradient = whole.get_parameter(name).grad
+            assert gradient is not None
+            largest = 1 + gradient.abs().max()
+            process.near(f"{options}: {name}", process.summed(parameter.grad) / largest, gradient / largest, 1e-5)  # type: ignore[arg-type]
+
+
+def transformed(process: Process) -> None:
+    """`torch.func` and forward-mode derivatives."""
+    warnings.filterwarnings("ignore", ".*torch.jit.script", DeprecationWarning)  # which PyTorch itself uses
+    (x,) = batches(1)
+    tangent = torch.cos(x)
+
+    def norm(x: Tensor, synchronized: bool) -> Tensor:
+        return batch_norm(x, None, None, training=True, synchronized=synchronized)
+
+    gradient = torch.func.grad(lambda x: wide(norm(x, False)))(x.double())
+    own = torch.func.grad(lambda x: wide(norm(x, True)))(process.part(x, SIZES))
+    scale = gradient.abs().max()
+    process.near("grad", own / scale, process.part(gradient, SIZES) / scale, 1e-5)
+    _, moved = torch.func.jvp(lambda x: norm(x, False), (x.double(),), (tangent.double(),))
+    _, own_moved = torch.func.jvp(lambda x: norm(x, True), (process.part(x, SIZES),), (process.part(tangent, SIZES),))
+    process.near("jvp", own_moved, process.part(moved, SIZES), 1e-5)
+    several = torch.stack([x, x.flip(0), tangent])
+    mapped = torch.func.vmap(lambda x: norm(x, True))(torch.stack([process.part(each, SIZES) for each in several]))
+    process.near("vmap", mapped, torch.stack([process.part(norm(each, False), SIZES) for each in several]), 1e-5)
+
+
+def recalibrated(process: Process) -> None:
+    """One pass over data that are spread over processes."""
+    for options in ({}, RENORM):
+        model, whole = network(synchronized=True, **options), network(**options)
+        given = batches(2)
+        recalibrate(model, [process.part(x, SIZES) for x in given], progress=False)
+        recalibrate(whole, given, progress=False)
+        for name, buffer in model.named_buffers():
+            process.near(f"{options}: {name}", buffer, whole.get_buffer(name), 1e-5)
+    for one in (freeze(network(synchronized=True)), network(synchronized=True).eval()):
+        with process.collectives("in evaluation", 0):
+            one(process.part(given[0], SIZES))
+
+
+def without_gradients(process: Process) -> None:
+    """Where no input wants a gradient there is nothing to send back."""
+    layer = BatchNorm(3, synchronized=True)
+    (x,) = batches(1)
+    y = layer(process.part(x, SIZES))
+    with process.collectives("backward", 0):
+        wide(y).backward()
+    with torch.no_grad(), process.collectives("forward", 1):
+        layer(process.part(x, SIZES))
+    whole = BatchNorm(3)
+    wide(whole(x)).backward()
+    whole(x)
+    for name, parameter in layer.named_parameters():
+        process.near(name, process.summed(parameter.grad), whole.get_parameter(name).grad, 2e-4)  # type: ignore[arg-type]
+    process.near("running_var", layer.running_var, whole.running_var, 1e-5)
+
+
+def refused(process: Process) -> None:
+    """A device that the group cannot send from is named, on all processes, before anything moves."""
+    layer = BatchNorm(3, synchronized=True, device="meta")
+    with process.collectives("on a device without one", 0), pytest.raises(ValueError, match="device, meta; received"):
+        layer(torch.empty(2, 3, device="meta"))
+
+
+MACHINERY = {
+    case.__name__: case
+    for case in (
+        in_ddp, masked_in_ddp, checkpointed, sharded, grouped, differentiated_twice, transformed, recalibrated,
+        without_gradients, refused,
+    )
+}  # fmt: skip
+
+
+@pytest.mark.slow
+def test_parts_of_a_batch_train_as_the_whole_within_pytorch_s_machinery(tmp_path: pathlib.Path) -> None:
+    run(3, tmp_path, MACHINERY, 200)
+
+
+# ---- Compiled.
+
+
+class Compiled:
+    """A network in one graph, of batches that are empty, of one sample, and of several."""
+
+    def __init__(self, backend: str, splits: list[tuple[int, int]], **options: Any) -> None:
+        self.backend, self.splits, self.options = backend, splits, options
+
+    def __call__(self, process: Process) -> None:
+        torch.compiler.reset()
+        masked = self.options.pop("masked", False)
+        layer = BatchNorm(FEATURES, synchronized=True, **self.options)
+        whole = BatchNorm(FEATURES, **self.options, fused=False).double()
+        call: Any = torch.compile(layer, fullgraph=True, backend=self.backend)
+        for step, sizes in enumerate(self.splits):
+            torch.manual_seed(step)
+            x, dy = torch.randn(2, sum(sizes), FEATURES, 3)
+            x += 1e3
+            mask = torch.rand(len(x), 3) < 0.7 if masked else None
+            own = process.part(x, sizes).requires_grad_()
+            with process.collectives("forward", 1):
+                y = call(own, None if mask is None else process.part(mask, sizes))
+            layer.zero_grad()
+            with process.collectives("backward", 1):
+                y.backward(process.part(dy, sizes))
+            whole.zero_grad()
+            given = x.double().requires_grad_()
+            expected = whole(given, mask)
+            expected.backward(dy.double())
+            where = f"{self.backend}, step {step}, {sizes}"
+            process.near(f"{where}: y", y, process.part(expected, sizes), 1e-4)
+            process.near(f"{where}: dx", own.grad, process.part(given.grad, sizes), 4e-4)  # type: ignore[arg-type]
+            for name, parameter in layer.named_parameters():
+                gradient = process.summed(parameter.grad)  # type: ignore[arg-type]
+                process.near(f"{where}: {name}", gradient, whole.get_parameter(name).grad, 2e-3)
+            for name, buffer in layer.named_buffers():
+                process.near(f"{where}: {name}", buffer, whole.get_buffer(name), 1e-5)
+
+
+BETWEEN = [(5, 7), (0, 4), (3, 1), (6, 2)]
+COMPILED = {
+    "inductor": Compiled("inductor", [(5, 7), (0, 4)], **RENORM),
+    "traced": Compiled("aot_eager", BETWEEN),
+    "traced renorm": Compiled("aot_eager", BETWEEN, **RENORM),
+    "traced mask": Compiled("aot_eager", BETWEEN, masked=True),
+    "traced cumulative": Compiled("aot_eager", BETWEEN, momentum=None),
+}
+
+
+@pytest.mark.slow
+def test_parts_of_a_batch_train_as_the_whole_in_compiled_graphs(tmp_path: pathlib.Path) -> None:
+    run(2, tmp_path, COMPILED, 230)
+
+
+# ---- Failing.
+
+
+def dies(process: Process) -> None:
+    """Of two processes one ends; the other one is told at its next call, and nothing of it has moved."""
+    for fused in (None, False):
+        layer = BatchNorm(FEATURES, synchronized=True, fused=fused, **RENORM)
+        layer(torch.randn(4, FEATURES))
+    if process.rank:
+        os._exit(1)
+    before = buffers(layer)
+    for layer.fused in (None, False):
+        with pytest.raises(RuntimeError):
+            layer(torch.randn(4, FEATURES))
+        changed = [name for name, value in buffers(layer).items() if not torch.equal(before[name], value)]
+        process.same("changed", changed, [])
+
+
+@pytest.mark.slow
+def test_a_process_that_dies_raises_in_the_others_and_nothing_has_moved(tmp_path: pathlib.Path) -> None:
+    run(2, tmp_path, {"dies": dies}, 100, survivors=1)
+
+
+# ---- In one process.
+
+
+@pytest.mark.parametrize("options", [{}, RENORM], ids=["plain", "renorm"])
+def test_without_a_process_group_a_layer_is_local(options: dict[str, Any]) -> None:
+    layer, other = BatchNorm(FEATURES, synchronized=True, **options), BatchNorm(FEATURES, **options)
+    x = torch.randn(6, FEATURES)
+    torch.testing.assert_close(layer(x), other(x), rtol=0, atol=0)
+    torch.testing.assert_close(layer.state_dict(), other.state_dict(), rtol=0, atol=0)
+    assert layer.kernel == other.kernel
+    with pytest.raises(ValueError, match="Expected more than 1 value per channel"):
+        layer(x[:1])

@@ -35,7 +35,7 @@ def forward(
     averages: Averages | None,
     replicas: Replicas | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Normalize by the batch, or that of all replicas, and move the averages, if they are given as the kernels take them.
+    """Normalize by the batch, or by that of all replicas, and move the averages, if they are given.
 
     Returns:
         The output, the means and variances, [2][groups][parameters], and what counts in each group, [2][groups], where

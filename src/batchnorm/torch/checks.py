@@ -14,7 +14,17 @@ from batchnorm.core.options import pair as checked_pair
 
 from . import layout
 
-__all__ = ["STATISTICS", "adjustment", "engine", "is_torch_s_mix", "misfit", "moved", "process_group", "training_plan", "weights"]
+__all__ = [
+    "STATISTICS",
+    "adjustment",
+    "engine",
+    "is_torch_s_mix",
+    "misfit",
+    "moved",
+    "process_group",
+    "training_plan",
+    "weights",
+]
 
 Pair = tuple[Tensor, Tensor]
 STATISTICS = ("running_mean", "running_var", "renorm_mean", "renorm_stddev")
@@ -59,7 +69,7 @@ def process_group(group: Any, synchronized: bool) -> None:
 
 
 def engine(x: Tensor, backends: str) -> None:
-    """Raise unless a process group, whose configuration this is ("cpu:gloo,cuda:nccl"), can send from the input's device."""
+    """Raise unless a process group can send from the input's device; "cpu:gloo,cuda:nccl" are such backends."""
     devices = [backend.partition(":")[0] for backend in backends.split(",")]
     if x.device.type not in devices:
         raise ValueError(

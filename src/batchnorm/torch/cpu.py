@@ -332,7 +332,7 @@ def _at(name: str, value: Tensor | None) -> int:
     if value is None:
         return 0
     address = value.data_ptr()
-    if not address:  # which would count as an absent one
+    if not address and value.numel():  # which would count as an absent one
         raise RuntimeError(f"{name} has no memory; received a tensor of shape {tuple(value.shape)} without storage.")
     return address
 

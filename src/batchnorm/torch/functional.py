@@ -252,8 +252,9 @@ def normalize(
     adjustment, by_feature = (None, True) if options.adjustment is None else checks.adjustment(options, x, plan)
     if plain and not taken and not traced:  # PyTorch's operator would move a copy of such a view
         plain = not any(value is not None and value.is_neg() for value in state.averages.values())
-    able = by_feature and x.numel() > 0 and (taken or traced or cpu.are_plain((*state, *(adjustment or ()))))
-    able = able and not (traced and replicas is not None)  # a graph fuses the passes around its collectives
+    able = by_feature and (taken or traced or cpu.are_plain((*state, *(adjustment or ()))))
+    # An empty batch takes the path of the other replicas; a graph fuses the passes around its collectives.
+    able = able and (x.numel() > 0 if replicas is None else not traced)
     kernel = _select(x, plan, options.fused, momentum, plain, able, traced, transformed)
     if kernel == TORCH:
         return Result(torch.nn.functional.batch_norm(x, *running, weight, bias, True, float(momentum), eps), kernel)

@@ -1,7 +1,7 @@
 """Statistics of all replicas together: one sum over a process group in the forward pass, and one in the backward pass.
 
 Replicas add up `algebra.totals`, and in the backward pass the gradient of these, both in float64. Whichever path serves
-a replica, it sends the same numbers, so that one may have an empty batch, or a kernel that another lacks.
+a replica, it sends the same numbers, so that one may have a kernel that another lacks.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class Replicas(NamedTuple):
         static: Static,
         wanted: bool,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Compute the gradients of x, where it is wanted (then on all replicas), and of this replica's factor, offset."""
+        """Compute the gradients of x, where that is wanted (then on all replicas), and of the factor and offset here."""
         merged = Moments(moments[0, 0], moments[1, 0], counts[0].to(EXACT))
         sums = cpu.gradient_sums(dy, x, merged.mean, weights, static)
         corrected = None if correction is None else algebra.Correction(correction[0], correction[1])

@@ -337,7 +337,7 @@ def checkpointed(process: Process) -> None:
     """A forward pass that is done again has its collective again; gradients are right, and averages move twice."""
     for fused in (None, False):
         for reentrant in (True, False):
-            # Without the last one nothing would come after a layer that it saves, and recomputation stop before it moves.
+            # Recomputation stops where nothing more is saved; what moves after that in a last layer would not move.
             model = nn.Sequential(network(synchronized=True, fused=fused), nn.Tanh())
             whole = nn.Sequential(network(fused=False), nn.Tanh()).double()
             (x,) = batches(1)

@@ -67,7 +67,7 @@ class Replicas(NamedTuple):
         static: Static,
         wanted: bool,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Compute the gradients of x, where that is wanted (then on all replicas), and of the factor and offset here."""
+        """Compute the gradients of x, where that is wanted (then on all replicas), and of factor and offset here."""
         merged = Moments(moments[0, 0], moments[1, 0], counts[0].to(EXACT))
         sums = cpu.gradient_sums(dy, x, merged.mean, weights, static)
         corrected = None if correction is None else algebra.Correction(correction[0], correction[1])

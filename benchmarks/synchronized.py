@@ -46,7 +46,7 @@ class _Sum(Function):
 
 
 class ThreeSums(nn.Module):
-    """The layer as one writes it down: the sums of values, of their squares and of their number, one after the other."""
+    """The layer as one writes it down: sums of values, of their squares and of their number, one after the other."""
 
     def __init__(self, features: int) -> None:
         super().__init__()

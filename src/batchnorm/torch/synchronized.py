@@ -31,7 +31,7 @@ class Replicas(NamedTuple):
 
     def merge(self, moments: Moments) -> Moments:
         """Put the moments of all replicas together; differentiable."""
-        total = _Sum.apply(algebra.totals(xp, moments, EXACT), self.group)  # type: ignore[no-untyped-call]
+        total = _sum(algebra.totals(xp, moments, EXACT), self.group)
         return algebra.from_totals(xp, total, tuple(moments.mean.shape), moments.mean.dtype)
 
     def merge_of(self, x: Tensor, masked: bool) -> Any:
@@ -131,8 +131,15 @@ def _check_several(x: Tensor, merged: Moments, masked: bool) -> None:
         )
 
 
+def _sum(x: Tensor, group: Any) -> Tensor:
+    """Sum over replicas; its gradient is the same sum, and so is every further derivative."""
+    kind: Any = _TransformedSum if layout.is_transformed() else _Sum
+    total: Tensor = kind.apply(x, group)
+    return total
+
+
 class _Sum(Function):
-    """Sum over replicas; its gradient is the same sum, and so is every further derivative.
+    """A sum that graphs can hold.
 
     Compilers know that `all_reduce` has effects, and keep it where a replica has no use for its result: where it is
     empty. An operator of our own they would leave out there, and all others would wait.
@@ -150,12 +157,16 @@ class _Sum(Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
-        return _Sum.apply(gradient, ctx.group), None  # type: ignore[no-untyped-call]
+        return _sum(gradient, ctx.group), None
+
+
+class _TransformedSum(_Sum):
+    """The same with rules that compilers refuse."""
 
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, _: Any) -> Any:
-        return _Sum.apply(tangent, ctx.group)  # type: ignore[no-untyped-call]
+        return _sum(tangent, ctx.group)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], x: Tensor, group: Any) -> Any:
-        return _Sum.apply(x, group), in_dims[0]  # type: ignore[no-untyped-call]
+        return _sum(x, group), in_dims[0]

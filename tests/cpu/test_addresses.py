@@ -169,12 +169,16 @@ def test_a_forward_pass_takes_moments_that_were_measured_elsewhere(
     assert same(wide, given)
     assert (counts == 5).all()
     m, v = given
+    assert o.factor is not None
+    assert o.offset is not None
     scale, offset = along(o.factor, view), along(o.offset, view)
-    if renorm:
+    if o.renorm is not None:
+        assert r is not None
+        assert d is not None
         scale, offset = scale * along(r, view), offset + along(d, view) * scale
         s = np.maximum(o.renorm[1].astype(np.float64), np.sqrt(EPSILON))
-        shared = (lambda value: value.reshape(-1)) if view.grouped_parameters else (lambda value: value.mean(0))
-        check(r, np.clip(np.sqrt(shared(v.reshape(view.statistics)) + EPSILON) / s, 0.5, 2.0), NEAR["float32"])
+        shared = by_parameter(v.reshape(view.statistics), view).reshape(-1) / view.virtual_batches
+        check(r, np.clip(np.sqrt(shared + EPSILON) / s, 0.5, 2.0), NEAR["float32"])
     expected = (apart(x, view) - along(m, view)) / np.sqrt(along(v, view) + EPSILON) * scale + offset
     check(y, expected, NEAR[dtype.name], np.abs(expected).max())
     check(running[0], by_parameter(m.reshape(view.statistics), view) / view.virtual_batches, NEAR["float32"], 1.0)

@@ -8,13 +8,13 @@ import pathlib
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, distributed, multiprocessing, nn
 
-Suite = dict[str, Callable[["Process"], None]]
+Suite = Mapping[str, Callable[["Process"], None]]
 
 
 class Process:
@@ -23,7 +23,7 @@ class Process:
     def __init__(self, rank: int, size: int) -> None:
         self.rank, self.size, self.wrong = rank, size, list[str]()
 
-    def part(self, whole: Tensor, sizes: tuple[int, ...]) -> Tensor:
+    def part(self, whole: Any, sizes: tuple[int, ...]) -> Any:
         """The samples that are this process's."""
         return whole.split(sizes)[self.rank].clone()
 
@@ -47,11 +47,11 @@ class Process:
         yield
         self.same(f"collectives {what}", number() - before, expected)
 
-    def summed(self, value: Tensor) -> Tensor:
+    def summed(self, value: Any) -> Tensor:
         """The sum over processes."""
-        value = value.detach().double().clone()
-        distributed.all_reduce(value)
-        return value
+        total: Tensor = value.detach().double().clone()
+        distributed.all_reduce(total)
+        return total
 
 
 def buffers(layer: nn.Module) -> dict[str, Tensor]:

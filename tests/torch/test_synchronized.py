@@ -54,7 +54,11 @@ class Case:
         return layer
 
 
-RENORM = {"renorm": True, "renorm_clipping": {"rmin": 0.7, "rmax": 1.5, "dmax": 0.4}, "renorm_momentum": 0.2}
+RENORM: dict[str, Any] = {
+    "renorm": True,
+    "renorm_clipping": {"rmin": 0.7, "rmax": 1.5, "dmax": 0.4},
+    "renorm_momentum": 0.2,
+}
 CASES = {
     "plain": Case(),
     "plain, composed": Case({"fused": False}, kernel="composed"),
@@ -102,6 +106,7 @@ CASES = {
 def train(process: Process, case: Case) -> None:
     """Train over several batches, however they are divided, and compare everything after each."""
     parameters = case.parameters or case.dtype
+    y: Any
     found, expected = case.layer(synchronized=True).to(parameters), case.layer(fused=False).double()
     with torch.no_grad():  # what a short type has made of them
         for to, of in zip(expected.parameters(), found.parameters(), strict=True):
@@ -118,7 +123,8 @@ def train(process: Process, case: Case) -> None:
         x, dy = x.to(case.dtype), dy.to(case.dtype)
         mask = masked(case, shape, sizes)
         adjusted = adjustment(case, shape)
-        results = []
+        results: list[list[Any]] = []
+        sliced: Any
         for layer, sliced in ((expected, Tensor.clone), (found, functools.partial(process.part, sizes=sizes))):
             dtype = torch.float64 if layer is expected else x.dtype
             given = sliced(x).to(dtype)
@@ -141,7 +147,7 @@ def train(process: Process, case: Case) -> None:
             results.append([y, given.grad, [leaf.grad for leaf in leaves]])
             if layer is found:
                 process.same("kernel", layer.kernel, case.kernel)
-                process.same("type", (y.dtype, given.grad.dtype), (case.dtype, case.dtype))  # type: ignore[union-attr]
+                process.same("type", (y.dtype, given.grad.dtype), (case.dtype, case.dtype))
         (y, dx, dadjusted), (own_y, own_dx, own_dadjusted) = results
         where, tolerance = f"step {step}, {sizes}", case.tolerance
         process.near(f"{where}: y", own_y, process.part(y, sizes), tolerance)
@@ -250,7 +256,7 @@ def test_parts_of_a_batch_train_as_the_whole_in_one_process(tmp_path: pathlib.Pa
 SIZES = (5, 0, 4)
 
 
-def network(**options: Any) -> nn.Module:
+def network(**options: Any) -> Any:
     torch.manual_seed(0)
     return nn.Sequential(
         nn.Conv1d(3, FEATURES, 3), BatchNorm(FEATURES, **options), nn.ReLU(), nn.Conv1d(FEATURES, 2, 3),
@@ -258,12 +264,12 @@ def network(**options: Any) -> nn.Module:
     )  # fmt: skip
 
 
-def batches(count: int, length: int = 8) -> list[Tensor]:
+def batches(count: int, length: int = 8) -> list[Any]:
     torch.manual_seed(3)
     return [torch.randn(sum(SIZES), 3, length) + 1 for _ in range(count)]
 
 
-def wide(y: Tensor) -> Tensor:
+def wide(y: Tensor) -> Any:
     """A loss that is a sum over samples, of which some processes have none."""
     weights = torch.arange(1, y.shape[1] + 1, dtype=y.dtype)[:, None]
     return (y * weights).pow(3).sum()
@@ -323,12 +329,13 @@ def masked_in_ddp(process: Process) -> None:
         sizes = (3, 2, 4)
         model.zero_grad()
         wide(call(process.part(x, sizes), process.part(mask, sizes))).backward()
-        for other, part, some in zip(others, x.split(sizes), mask.split(sizes), strict=True):
+        for other, part, some in zip(others, x.split(sizes), torch.split(mask, list(sizes)), strict=True):
             other.zero_grad()
             wide(other(part, some)).backward()
         for name, parameter in model.named_parameters():
-            mean = torch.stack([other.get_parameter(name).grad for other in others]).mean(0)  # type: ignore[misc]
-            process.near(name, parameter.grad / (1 + mean.abs().max()), mean / (1 + mean.abs().max()), 1e-5)
+            mean: Any = sum(other.get_parameter(name).grad for other in others) / process.size  # type: ignore[misc]
+            own: Any = parameter.grad
+            process.near(name, own / (1 + mean.abs().max()), mean / (1 + mean.abs().max()), 1e-5)
         for name, buffer in model.named_buffers():
             process.near(name, buffer, others[process.rank].get_buffer(name), 1e-6)
 
@@ -349,7 +356,7 @@ def checkpointed(process: Process) -> None:
             wide(whole(x.double())).backward()
             whole(x.double())
             for parameter in model.parameters():
-                parameter.grad = process.summed(parameter.grad).float()  # type: ignore[arg-type]
+                parameter.grad = process.summed(parameter.grad).float()
             compare(process, f"fused={fused}, reentrant={reentrant}", model, whole, 1)
 
 
@@ -382,7 +389,8 @@ def grouped(process: Process) -> None:
     whole = BatchNorm(FEATURES)
     expected = whole(ours)
     expected = expected.split((2, 3))[process.rank // 2] if process.rank != 1 else expected
-    for each in (layer, copy.deepcopy(layer), copy.copy(layer), copy.deepcopy(nn.Sequential(layer))[0]):
+    copied: list[Any] = [layer, copy.deepcopy(layer), copy.copy(layer), copy.deepcopy(nn.Sequential(layer))[0]]
+    for each in copied:
         process.same("group", each.process_group is group, True)
         each.reset_running_stats()
         process.near("y", each(process.part(x, sizes)), expected, 1e-5)
@@ -409,7 +417,7 @@ def differentiated_twice(process: Process) -> None:
     for options in ({}, RENORM, {"fused": False}):
         layer, whole = BatchNorm(3, synchronized=True, **options), BatchNorm(3, **(options | {"fused": False})).double()
         (x,) = batches(1)
-        results = []
+        results: list[list[Any]] = []
         for each, given in ((layer, process.part(x, SIZES)), (whole, x.double())):
             given.requires_grad_()
             (first,) = torch.autograd.grad(wide(each(given)), given, create_graph=True)
@@ -419,10 +427,9 @@ def differentiated_twice(process: Process) -> None:
         scale = results[1].abs().max()
         process.near(f"{options}: dx", results[0] / scale, process.part(results[1] / scale, SIZES), 1e-5)
         for name, parameter in layer.named_parameters():
-            gradient = whole.get_parameter(name).grad
-            assert gradient is not None
+            gradient: Any = whole.get_parameter(name).grad
             largest = 1 + gradient.abs().max()
-            process.near(f"{options}: {name}", process.summed(parameter.grad) / largest, gradient / largest, 1e-5)  # type: ignore[arg-type]
+            process.near(f"{options}: {name}", process.summed(parameter.grad) / largest, gradient / largest, 1e-5)
 
 
 def transformed(process: Process) -> None:
@@ -438,8 +445,9 @@ def transformed(process: Process) -> None:
     own = torch.func.grad(lambda x: wide(norm(x, True)))(process.part(x, SIZES))
     scale = gradient.abs().max()
     process.near("grad", own / scale, process.part(gradient, SIZES) / scale, 1e-5)
-    _, moved = torch.func.jvp(lambda x: norm(x, False), (x.double(),), (tangent.double(),))
-    _, own_moved = torch.func.jvp(lambda x: norm(x, True), (process.part(x, SIZES),), (process.part(tangent, SIZES),))
+    moved = torch.func.jvp(lambda x: norm(x, False), (x.double(),), (tangent.double(),))[1]
+    given = process.part(x, SIZES), process.part(tangent, SIZES)
+    own_moved = torch.func.jvp(lambda x: norm(x, True), given[:1], given[1:])[1]
     process.near("jvp", own_moved, process.part(moved, SIZES), 1e-5)
     several = torch.stack([x, x.flip(0), tangent])
     mapped = torch.func.vmap(lambda x: norm(x, True))(torch.stack([process.part(each, SIZES) for each in several]))
@@ -473,7 +481,7 @@ def without_gradients(process: Process) -> None:
     wide(whole(x)).backward()
     whole(x)
     for name, parameter in layer.named_parameters():
-        process.near(name, process.summed(parameter.grad), whole.get_parameter(name).grad, 2e-4)  # type: ignore[arg-type]
+        process.near(name, process.summed(parameter.grad), whole.get_parameter(name).grad, 2e-4)
     process.near("running_var", layer.running_var, whole.running_var, 1e-5)
 
 
@@ -531,9 +539,9 @@ class Compiled:
             expected.backward(dy.double())
             where = f"{self.backend}, step {step}, {sizes}"
             process.near(f"{where}: y", y, process.part(expected, sizes), 1e-4)
-            process.near(f"{where}: dx", own.grad, process.part(given.grad, sizes), 4e-4)  # type: ignore[arg-type]
+            process.near(f"{where}: dx", own.grad, process.part(given.grad, sizes), 4e-4)
             for name, parameter in layer.named_parameters():
-                gradient = process.summed(parameter.grad)  # type: ignore[arg-type]
+                gradient = process.summed(parameter.grad)
                 process.near(f"{where}: {name}", gradient, whole.get_parameter(name).grad, 2e-3)
             for name, buffer in layer.named_buffers():
                 process.near(f"{where}: {name}", buffer, whole.get_buffer(name), 1e-5)

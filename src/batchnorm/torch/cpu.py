@@ -35,7 +35,7 @@ __all__ = [
     "gradient_sums",
     "is_plain",
     "limits",
-    "moments",
+    "measure",
     "move",
     "serves",
     "takes",
@@ -252,7 +252,7 @@ def backward(
 # ---- The passes by themselves, of whole batches; statistics and coefficients are of float64, [parameters].
 
 
-def moments(x: Tensor, weights: Tensor | None, static: Static) -> Moments:
+def measure(x: Tensor, weights: Tensor | None, static: Static) -> Moments:
     """Measure m and v, and count, [1]."""
     x, view, kernel = layout.kernel(x, static.axes, None, static.epsilon)
     mean, variance = torch.empty((2, view.parameters), dtype=torch.float64, device=x.device)

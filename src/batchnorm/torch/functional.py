@@ -282,8 +282,8 @@ def normalize(
         if not moves:
             return Result(y, kernel)
         if moved:
-            weighed = counts is not None and (weights is not None or replicas is not None)
-            return Result(y, kernel, counts[0].any() if weighed else True)
+            values = weights is None and replicas is None  # there are, or it would be another kernel
+            return Result(y, kernel, True if counts is None or values else counts[0].any())
         moments = Moments(group_moments[0], group_moments[1], count)
         if counts is not None:
             moments = moments._replace(count=counts[0].unsqueeze(1), square_count=counts[1].unsqueeze(1))

@@ -46,7 +46,7 @@ class Replicas(NamedTuple):
 
     def measure(self, x: Tensor, weights: Tensor | None, static: Static) -> tuple[Tensor, Tensor]:
         """Measure with the CPU kernels; moments and counts as these take them, [2][1][parameters] and [2][1]."""
-        own = cpu.moments(x, weights, static)
+        own = cpu.measure(x, weights, static)
         total = algebra.totals(xp, own, EXACT)
         distributed.all_reduce(total, group=self.group)
         merged = algebra.from_totals(xp, total, tuple(own.mean.shape), EXACT)

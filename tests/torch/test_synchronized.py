@@ -417,12 +417,13 @@ def differentiated_twice(process: Process) -> None:
     for options in ({}, RENORM, {"fused": False}):
         layer, whole = BatchNorm(3, synchronized=True, **options), BatchNorm(3, **(options | {"fused": False})).double()
         (x,) = batches(1)
-        results: list[list[Any]] = []
+        results: list[Any] = []
         for each, given in ((layer, process.part(x, SIZES)), (whole, x.double())):
             given.requires_grad_()
-            (first,) = torch.autograd.grad(wide(each(given)), given, create_graph=True)
+            y = each(given)
+            (first,) = torch.autograd.grad(wide(y), given, create_graph=True)
             penalty = (first.square() * torch.linspace(0.5, 1, first.shape[2], dtype=first.dtype)).sum()
-            (penalty + wide(each(given))).backward()
+            (penalty + wide(y)).backward()
             results.append(given.grad)
         scale = results[1].abs().max()
         process.near(f"{options}: dx", results[0] / scale, process.part(results[1] / scale, SIZES), 1e-5)

@@ -378,7 +378,7 @@ void forward_at(const Kernel& kernel, int64_t threads, uintptr_t x, uintptr_t y,
                 uintptr_t factor, uintptr_t offset, uintptr_t renorm_mean, uintptr_t renorm_stddev, uintptr_t r,
                 uintptr_t d, double rmin, double rmax, double dmax, uintptr_t running_mean, uintptr_t running_variance,
                 double momentum, bool unbiased, double renorm_momentum, uintptr_t mask, uintptr_t weights, bool zeroed,
-                uintptr_t count, uintptr_t square_count) {
+                uintptr_t count, uintptr_t square_count, bool measured) {
   auto numbers = [&](uintptr_t value, bool needed, const char* name) {
     return Values{address(value, needed, name), kernel.doubles()};
   };
@@ -400,7 +400,8 @@ void forward_at(const Kernel& kernel, int64_t threads, uintptr_t x, uintptr_t y,
   p.dmax = dmax;
   Averages averages = averages_of(kernel, momentum, unbiased, renorm_momentum);
   p.weights = weights_at(kernel, mask, weights, zeroed);
-  bool weighed = static_cast<bool>(p.weights);
+  bool weighed = static_cast<bool>(p.weights) || measured;
+  p.measured = measured;
   averages.mean = p.mean;
   averages.variance = p.variance;
   averages.count = p.count = numbers(count, weighed, "count");
@@ -438,6 +439,51 @@ void backward_at(const Kernel& kernel, int64_t threads, uintptr_t x, uintptr_t d
   p.count = numbers(count, static_cast<bool>(p.weights), "count");
   Team team = team_of(threads);
   call(kernels().backward, p);
+}
+
+// What sums over replicas stand between: the passes, of doubles by feature.
+
+void moments_at(const Kernel& kernel, int64_t threads, uintptr_t x, uintptr_t mean, uintptr_t variance, uintptr_t count,
+                uintptr_t square_count, uintptr_t mask, uintptr_t weights) {
+  auto p = kernel.operation<Moments>();
+  p.x = address(x, kernel.view.size() > 0, "x");
+  p.mean = {address(mean, true, "mean"), true};
+  p.variance = {address(variance, true, "variance"), true};
+  p.count = {address(count, true, "count"), true};
+  p.square_count = {address(square_count, true, "square_count"), true};
+  p.weights = weights_at(kernel, mask, weights, false);
+  Team team = team_of(threads);
+  call(kernels().moments, p);
+}
+
+void gradient_sums_at(const Kernel& kernel, int64_t threads, uintptr_t x, uintptr_t dy, uintptr_t mean,
+                      uintptr_t dy_sum, uintptr_t dy_centered_sum, uintptr_t mask, uintptr_t weights, bool zeroed) {
+  bool values = kernel.view.size() > 0;
+  auto p = kernel.operation<GradientSums>();
+  p.x = address(x, values, "x");
+  p.dy = address(dy, values, "dy");
+  p.mean = {address(mean, true, "mean"), true};
+  p.dy_sum = {address(dy_sum, true, "dy_sum"), true};
+  p.dy_centered_sum = {address(dy_centered_sum, true, "dy_centered_sum"), true};
+  p.weights = weights_at(kernel, mask, weights, zeroed);
+  Team team = team_of(threads);
+  call(kernels().gradient_sums, p);
+}
+
+void gradient_combine_at(const Kernel& kernel, int64_t threads, uintptr_t x, uintptr_t dy, uintptr_t dx, uintptr_t mean,
+                         uintptr_t a, uintptr_t b, uintptr_t c, uintptr_t mask, uintptr_t weights, bool zeroed) {
+  bool values = kernel.view.size() > 0;
+  auto p = kernel.operation<GradientCombine>();
+  p.x = address(x, values, "x");
+  p.dy = address(dy, values, "dy");
+  p.dx = address(dx, values, "dx");
+  p.mean = {address(mean, true, "mean"), true};
+  p.a = {address(a, true, "a"), true};
+  p.b = {address(b, true, "b"), true};
+  p.c = {address(c, true, "c"), true};
+  p.weights = weights_at(kernel, mask, weights, zeroed);
+  Team team = team_of(threads);
+  call(kernels().gradient_combine, p);
 }
 
 std::string representation(const Kernel& k) {
@@ -501,7 +547,14 @@ NB_MODULE(_cpu, m) {
            absent("factor"), absent("offset"), absent("renorm_mean"), absent("renorm_stddev"), absent("r"), absent("d"),
            arg("rmin") = -INFINITE, arg("rmax") = INFINITE, arg("dmax") = INFINITE, absent("running_mean"),
            absent("running_variance"), arg("momentum") = 0.0, arg("unbiased") = false, arg("renorm_momentum") = 0.0,
-           absent("mask"), absent("weights"), arg("zeroed") = false, absent("count"), absent("square_count"))
+           absent("mask"), absent("weights"), arg("zeroed") = false, absent("count"), absent("square_count"),
+           arg("measured") = false)
+      .def("moments_at", &moments_at, nb::kw_only(), arg("threads"), arg("x"), arg("mean"), arg("variance"),
+           arg("count"), arg("square_count"), absent("mask"), absent("weights"))
+      .def("gradient_sums_at", &gradient_sums_at, nb::kw_only(), arg("threads"), arg("x"), arg("dy"), arg("mean"),
+           arg("dy_sum"), arg("dy_centered_sum"), absent("mask"), absent("weights"), arg("zeroed") = false)
+      .def("gradient_combine_at", &gradient_combine_at, nb::kw_only(), arg("threads"), arg("x"), arg("dy"), arg("dx"),
+           arg("mean"), arg("a"), arg("b"), arg("c"), absent("mask"), absent("weights"), arg("zeroed") = false)
       .def("backward_at", &backward_at, nb::kw_only(), arg("threads"), arg("x"), arg("dy"), arg("dx"), arg("mean"),
            arg("variance"), absent("factor"), absent("r"), absent("d"), absent("dfactor"), absent("doffset"),
            absent("mask"), absent("weights"), arg("zeroed") = false, absent("count"));

@@ -134,6 +134,11 @@ def test_adjustment_and_virtual_batches_exclude_each_other_and_both_are_named() 
     assert repr(two) in str(caught.value)
 
 
+def test_synchronized_statistics_and_virtual_batches_exclude_each_other_and_both_are_named() -> None:
+    with pytest.raises(ValueError, match=r"synchronized.*synchronized=True.*virtual_batch_size=6"):
+        Options(synchronized=True, virtual_batch_size=6)
+
+
 def test_every_option_has_a_bad_value_in_the_table() -> None:
     refused = {FIELDS.get(name, name) for name, _, _ in BAD}
     assert refused == set(Options.__dataclass_fields__)

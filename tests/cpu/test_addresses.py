@@ -2,12 +2,32 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
 import pytest
 
-from .cases import BUSY, EPSILON, TYPES, Array, Options, View, backward, drawn, forward, kernel, like, same
+from .cases import (
+    BUSY,
+    EPSILON,
+    NEAR,
+    TYPES,
+    Array,
+    Options,
+    View,
+    along,
+    apart,
+    backward,
+    by_parameter,
+    check,
+    drawn,
+    forward,
+    kernel,
+    like,
+    raw,
+    same,
+)
 
 VIEWS = [*BUSY, View(12, 2, 3, 4, 2), View(12, 2, 3, 4, 1, True), View(6, 1, 1, 3, 1)]
 
@@ -97,20 +117,95 @@ def test_averages_that_are_not_given_stay() -> None:
     assert (pair == 1).all()
 
 
+@pytest.mark.parametrize("view", VIEWS, ids=str)
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+def test_passes_by_address_give_what_they_give_by_arrays(view: View, dtype: np.dtype[Any]) -> None:
+    x, dy = drawn(view, dtype, 0, mean=300.0), drawn(view, dtype, 1)
+    mean, variance, first, second, *others = np.zeros((8, math.prod(view.statistics)))
+    count, square_count = np.zeros((2, view.virtual_batches))
+    kernel(view, dtype).moments_at(
+        threads=2, **at(x=x, mean=mean, variance=variance, count=count, square_count=square_count)
+    )
+    kernel(view, dtype).moments(x=raw(x), mean=others[0], variance=others[1])
+    assert same([mean, variance], others[:2])
+    assert (count == square_count).all()
+    assert count.sum() * view.parameters == view.size
+
+    kernel(view, dtype).gradient_sums_at(threads=2, **at(x=x, dy=dy, mean=mean, dy_sum=first, dy_centered_sum=second))
+    kernel(view, dtype).gradient_sums(x=raw(x), dy=raw(dy), mean=mean, dy_sum=others[0], dy_centered_sum=others[1])
+    assert same([first, second], others[:2])
+
+    dx, expected = like(x), like(x)
+    kernel(view, dtype).gradient_combine_at(
+        threads=2, **at(x=x, dy=dy, dx=dx, mean=mean, a=variance, b=first, c=second)
+    )
+    kernel(view, dtype).gradient_combine(
+        x=raw(x), dy=raw(dy), dx=raw(expected), mean=mean, a=variance, b=first, c=second
+    )
+    assert same([dx], [expected])
+
+
+@pytest.mark.parametrize("view", VIEWS, ids=str)
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize("renorm", [False, True])
+def test_a_forward_pass_takes_moments_that_were_measured_elsewhere(
+    view: View, dtype: np.dtype[Any], renorm: bool
+) -> None:
+    kind, x = kind_of(dtype), drawn(view, dtype, 0)
+    o = drawn_options(view, kind, renorm)
+    y, mean, variance, r, d = forward(view, drawn(view, dtype, 1), kind, o)  # those of another batch
+    wide = [mean.astype(np.float64) + 0.5, variance.astype(np.float64) * 2]
+    given, counts = [value.copy() for value in wide], np.full((2, view.virtual_batches), 5, kind)
+    running = np.ones((2, view.parameters), kind)
+    found = [None if value is None else value.copy() for value in o.renorm or (None, None)]
+    arrays = at(
+        x=x, y=y, mean=wide[0], variance=wide[1], factor=o.factor, offset=o.offset, renorm_mean=found[0],
+        renorm_stddev=found[1], r=r, d=d, running_mean=running[0], running_variance=running[1], count=counts[0],
+        square_count=counts[1],
+    )  # fmt: skip
+    kernel(view, dtype).forward_at(
+        threads=2, measured=True, momentum=1.0, unbiased=True, rmin=0.5, rmax=2.0, dmax=1.0, **arrays
+    )
+    assert same(wide, given)
+    assert (counts == 5).all()
+    m, v = given
+    assert o.factor is not None
+    assert o.offset is not None
+    scale, offset = along(o.factor, view), along(o.offset, view)
+    if o.renorm is not None:
+        assert r is not None
+        assert d is not None
+        scale, offset = scale * along(r, view), offset + along(d, view) * scale
+        s = np.maximum(o.renorm[1].astype(np.float64), np.sqrt(EPSILON))
+        shared = by_parameter(v.reshape(view.statistics), view).reshape(-1) / view.virtual_batches
+        check(r, np.clip(np.sqrt(shared + EPSILON) / s, 0.5, 2.0), NEAR["float32"])
+    expected = (apart(x, view) - along(m, view)) / np.sqrt(along(v, view) + EPSILON) * scale + offset
+    check(y, expected, NEAR[dtype.name], np.abs(expected).max())
+    check(running[0], by_parameter(m.reshape(view.statistics), view) / view.virtual_batches, NEAR["float32"], 1.0)
+    if not renorm:
+        average = by_parameter(v.reshape(view.statistics), view) / view.virtual_batches
+        check(running[1], average * 5 / 4, NEAR["float32"])
+
+
 VIEW = View(12, 2, 3, 4, 2)
 FORWARD = ["x", "y", "mean", "variance", "factor", "offset", "renorm_mean", "renorm_stddev", "r", "d"]
 BACKWARD = ["x", "dy", "dx", "mean", "variance", "factor", "r", "d", "dfactor", "doffset"]
+PASSES = {
+    "moments_at": ["x", "mean", "variance", "count", "square_count"],
+    "gradient_sums_at": ["x", "dy", "mean", "dy_sum", "dy_centered_sum"],
+    "gradient_combine_at": ["x", "dy", "dx", "mean", "a", "b", "c"],
+}
 NEEDED = {
     "forward_at": ["x", "y", "mean", "variance", "renorm_mean", "renorm_stddev", "r", "d"],
     "backward_at": ["x", "dy", "dx", "mean", "variance", "r", "d"],
+    **PASSES,
 }
 
 
 def arguments(method: str) -> tuple[dict[str, Any], dict[str, Array]]:
-    names = FORWARD if method == "forward_at" else BACKWARD
-    arrays = {
-        name: np.full(VIEW.size, 7.0, np.float64 if name in ("mean", "variance") else np.float32) for name in names
-    }
+    names = {"forward_at": FORWARD, "backward_at": BACKWARD, **PASSES}[method]
+    doubles = ("mean", "variance", "count", "square_count", "dy_sum", "dy_centered_sum", "a", "b", "c")
+    arrays = {name: np.full(VIEW.size, 7.0, np.float64 if name in doubles else np.float32) for name in names}
     return {"threads": 2, **at(**arrays)}, arrays
 
 
@@ -138,7 +233,7 @@ def test_arrays_without_elements_need_no_memory(method: str) -> None:
     given, arrays = arguments(method)
     given.update(dict.fromkeys(["x", "y", "dy", "dx"] & given.keys(), 0))
     getattr(kernel(VIEW._replace(rows=0), TYPES[0]), method)(**given)
-    assert (arrays["mean"][:8] == 0).all() == (method == "forward_at")
+    assert (arrays["mean"][:8] == 0).all() == (method in ("forward_at", "moments_at"))
 
 
 @pytest.mark.parametrize("method", NEEDED)
@@ -148,7 +243,7 @@ def test_fewer_than_one_thread_are_a_value_error(method: str, threads: int) -> N
 
 
 @pytest.mark.parametrize("method", NEEDED)
-@pytest.mark.parametrize("name", ["x", "factor", "threads"])
+@pytest.mark.parametrize("name", ["x", "mean", "threads"])
 @pytest.mark.parametrize("value", [None, "3", 2.5, 2**64, [1]])
 def test_an_address_that_is_no_integer_of_64_bits_is_a_type_error(method: str, name: str, value: Any) -> None:
     refuses(TypeError, method, **{name: value})

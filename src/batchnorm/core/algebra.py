@@ -330,8 +330,8 @@ def totals_gradient_map(
     xp: Namespace, moments: Moments, epsilon: Any, factor: Any, totals_gradient: Array
 ) -> GradientMap:
     """The gradient for one replica's x as one map, from the gradient of the `totals` of all."""
-    by_first, by_second = totals_gradient[2 : 2 + len(moments.mean)], totals_gradient[2 + len(moments.mean) :]
-    b = 2 * by_second
+    features = moments.mean.shape[0]
+    by_first, b = totals_gradient[2 : 2 + features], 2 * totals_gradient[2 + features :]
     return GradientMap(factor / stddev(xp, moments.variance, epsilon), b, by_first + b * moments.mean)
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from batchnorm import cpu
+from batchnorm.core.algebra import GradientMap, Moments
 from batchnorm.core.geometry import Geometry, View
 from batchnorm.core.options import Clipping
 
@@ -30,8 +31,11 @@ __all__ = [
     "backward",
     "check",
     "forward",
+    "gradient_combine",
+    "gradient_sums",
     "is_plain",
     "limits",
+    "measure",
     "move",
     "serves",
     "takes",
@@ -146,21 +150,27 @@ def forward(
     limits: Limits | None,
     static: Static,
     averages: Averages | None = None,
+    measured: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """Compute the output, the moments [2][groups][parameters], and r and d in one tensor; move the averages.
 
-    Where groups may differ in what counts in them, also Σw and Σw², [2][groups].
+    Where groups may differ in what counts in them, also Σw and Σw², [2][groups]. Moments and these may be `measured`.
     """
     dtype = wide(x)
     x, view, kernel = layout.kernel(x, static.axes, static.virtual_batch_size, static.epsilon)
     y = torch.empty_like(x)
-    moments = torch.empty((2, view.virtual_batches, view.parameters), dtype=torch.float64, device=x.device)
-    mean, variance = _halves(moments)
-    factor, offset = _dense(factor, dtype), _dense(offset, dtype)  # which keeps them until the call has ended
     optional, weights = _weighed(weights, dtype)
     counts = correction = None
-    if weights is not None or static.virtual_batch_size is not None:
-        counts = torch.empty((2, view.virtual_batches), dtype=dtype, device=x.device)
+    if measured is not None:
+        moments, counts = measured
+        optional["measured"] = True
+    else:
+        moments = torch.empty((2, view.virtual_batches, view.parameters), dtype=torch.float64, device=x.device)
+        if weights is not None or static.virtual_batch_size is not None:
+            counts = torch.empty((2, view.virtual_batches), dtype=dtype, device=x.device)
+    mean, variance = _halves(moments)
+    factor, offset = _dense(factor, dtype), _dense(offset, dtype)  # which keeps them until the call has ended
+    if counts is not None:
         optional["count"], optional["square_count"] = _halves(counts)
     if renorm_mean is not None:
         correction = torch.empty((2, view.parameters), dtype=dtype, device=x.device)
@@ -220,8 +230,7 @@ def backward(
     """Compute the gradients of x, and of factor and offset where these are there, in one row each."""
     dtype = wide(x)
     x, view, kernel = layout.kernel(x, static.axes, static.virtual_batch_size, static.epsilon)
-    dy = dy if dy.stride() == x.stride() else torch.empty_like(x).copy_(dy)
-    dx = torch.empty_like(x)
+    dy, dx = _beside(dy, x), torch.empty_like(x)
     dfactor, doffset = (
         None if value is None else torch.empty(view.parameters, dtype=dtype, device=x.device)
         for value in (factor, offset)
@@ -238,6 +247,64 @@ def backward(
         doffset=_at("doffset", doffset), **optional,
     )  # fmt: skip
     return dx, dfactor, doffset
+
+
+# ---- The passes by themselves, of whole batches; statistics and coefficients are of float64, [parameters].
+
+
+def measure(x: Tensor, weights: Tensor | None, static: Static) -> Moments:
+    """Measure m and v, and count, [1]."""
+    x, view, kernel = layout.kernel(x, static.axes, None, static.epsilon)
+    mean, variance = torch.empty((2, view.parameters), dtype=torch.float64, device=x.device)
+    count, square_count = torch.empty((2, 1), dtype=torch.float64, device=x.device)
+    optional, weights = _weighed(weights, wide(x))
+    optional.pop("zeroed", None)
+    kernel.moments_at(
+        threads=torch.get_num_threads(), x=_at("x", x), mean=_at("mean", mean), variance=_at("variance", variance),
+        count=_at("count", count), square_count=_at("square_count", square_count), **optional,
+    )  # fmt: skip
+    return Moments(mean, variance, count, square_count=square_count)
+
+
+def gradient_sums(dy: Tensor, x: Tensor, mean: Tensor, weights: Tensor | None, static: Static) -> Tensor:
+    """Sum dy and dy·(x − m), [2][parameters]."""
+    x, view, kernel = layout.kernel(x, static.axes, None, static.epsilon)
+    dy = _beside(dy, x)
+    sums = torch.empty((2, view.parameters), dtype=torch.float64, device=x.device)
+    first, second = _halves(sums)
+    optional, weights = _weighed(weights, wide(x))
+    kernel.gradient_sums_at(
+        threads=torch.get_num_threads(), x=_at("x", x), dy=_at("dy", dy), mean=_at("mean", mean), dy_sum=first,
+        dy_centered_sum=second, **optional,
+    )  # fmt: skip
+    sums[1] -= (mean - _center(mean, x)) * sums[0]
+    return sums
+
+
+def gradient_combine(
+    dy: Tensor, x: Tensor, mean: Tensor, gradient: GradientMap, weights: Tensor | None, static: Static
+) -> Tensor:
+    """Compute dx = a·dy + w·(b·(x − m) + c)."""
+    x, _, kernel = layout.kernel(x, static.axes, None, static.epsilon)
+    dy, dx = _beside(dy, x), torch.empty_like(x)
+    a, b, c = gradient
+    c = c - b * (mean - _center(mean, x))
+    optional, weights = _weighed(weights, wide(x))
+    kernel.gradient_combine_at(
+        threads=torch.get_num_threads(), x=_at("x", x), dy=_at("dy", dy), dx=_at("dx", dx), mean=_at("mean", mean),
+        a=_at("a", a), b=_at("b", b), c=_at("c", c), **optional,
+    )  # fmt: skip
+    return dx
+
+
+def _center(mean: Tensor, x: Tensor) -> Tensor:
+    """The mean as the passes take it from x: in the type of its statistics."""
+    return mean.to(wide(x)).to(mean.dtype)
+
+
+def _beside(dy: Tensor, x: Tensor) -> Tensor:
+    """A gradient that lies in memory as x does."""
+    return dy if dy.stride() == x.stride() else torch.empty_like(x).copy_(dy)
 
 
 def limits(clipping: Clipping) -> Limits:
@@ -265,7 +332,7 @@ def _at(name: str, value: Tensor | None) -> int:
     if value is None:
         return 0
     address = value.data_ptr()
-    if not address:  # which would count as an absent one
+    if not address and value.numel():  # which would count as an absent one
         raise RuntimeError(f"{name} has no memory; received a tensor of shape {tuple(value.shape)} without storage.")
     return address
 

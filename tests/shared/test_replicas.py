@@ -112,7 +112,40 @@ for engine, layer in ENGINES.items():
             keep(f"{engine} {case}", number, y=y, dx=dx, **{name: averages[name] for name in AVERAGES[case]})
 """
 
-ENGINES = {"tensorflow": TENSORFLOW, "jax": JAX}
+PYTORCH = """
+rank = int(os.fork() == 0)  # before PyTorch has threads
+
+import torch
+import torch.distributed as dist
+from batchnorm.torch import BatchNorm
+
+dist.init_process_group("gloo", init_method="file://" + os.path.abspath("meeting"), rank=rank, world_size=2)
+
+def together(mine):
+    parts = [torch.empty_like(mine) for _ in range(2)]
+    dist.all_gather(parts, mine)
+    return torch.cat(parts)
+
+renorm = {"renorm": True, "renorm_clipping": CLIPPING, "renorm_momentum": 0.25}
+for case, options in (("plain", {}), ("renorm", renorm)):
+    layer = BatchNorm(3, axis=-1, eps=1e-3, momentum=0.25, synchronized=True, **options)
+    for number, arrays in enumerate(zip(xs, dys)):
+        x, dy = (torch.from_numpy(np.split(array, 2)[rank]) for array in arrays)
+        y = layer(x.requires_grad_())
+        y.backward(dy)
+        keep(case, number, y=together(y.detach()), dx=together(x.grad), moving_mean=layer.running_mean.clone())
+        if case == "renorm":
+            keep(case, number, renorm_mean=layer.renorm_mean.clone(), renorm_stddev=layer.renorm_stddev.clone())
+        else:  # which is the unbiased one, of 48 values
+            began = 0.75 ** (number + 1)
+            keep(case, number, moving_variance=(layer.running_var - began) * 47 / 48 + began)
+dist.destroy_process_group()
+if rank:
+    os._exit(0)
+assert os.wait()[1] == 0
+"""
+
+ENGINES = {"tensorflow": TENSORFLOW, "jax": JAX, "pytorch": PYTORCH}
 """Programs; each keeps y, dx and the averages of every step of its cases, whose names end in what they are."""
 
 

@@ -1,4 +1,6 @@
-// What replicas of a whole batch add up, and what they make of the sums; mirrors batchnorm/core/algebra.py.
+// What replicas of a whole batch add up, and what they make of the sums; mirrors batchnorm/core/algebra.py, whose
+// gradient a framework takes: m = Σn·m/n and v = Σn·(v + m²)/n − m², so n·m has the gradient (∂m − 2·m·∂v)/n, and
+// n·(v + m²) has ∂v/n, with ∂m = −Σdy·factor/σ and ∂v = −Σdy·(x − m)·factor/(2·σ³).
 #pragma once
 
 #include <cmath>

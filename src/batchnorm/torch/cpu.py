@@ -271,7 +271,7 @@ class Replica(NamedTuple):
     static: Static
 
     def totals_gradient(self, dy: Tensor, wanted: tuple[bool, bool]) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Compute what replicas add up, as `algebra.totals_gradient`, and the gradients of factor and offset here."""
+        """Compute what replicas add up, the gradient of the totals, and the gradients of factor and offset here."""
         totals = torch.empty(2 + self.moments.numel(), dtype=torch.float64, device=dy.device)
         dtype, parameters = wide(self.x), self.moments.numel() // 2
         dfactor, doffset = (

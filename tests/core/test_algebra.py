@@ -229,23 +229,6 @@ def test_totals_in_float64_leave_float32_moments_right_where_the_mean_is_large_b
     np.testing.assert_allclose(xp.numpy(merged.variance), whole[1][0], rtol=1e-6)
 
 
-def test_the_gradient_of_totals_gives_each_part_the_gradient_of_the_whole(xp: Arrays) -> None:
-    x, dy, factor = drawn(24, 3, seed=1) + 2, drawn(24, 3, seed=2), positive(3)
-    mean, variance = x.mean(0), x.var(0)
-    sigma = np.sqrt(variance + 0.1)
-    xhat = (x - mean) / sigma
-    expected = factor / sigma * (dy - dy.mean(0) - xhat * (dy * xhat).mean(0))
-    moments = Moments(xp.array(mean), xp.array(variance), xp.array(np.array([24.0])))
-    total = xp.array(np.zeros(8))
-    spans = [slice(0, 5), slice(5, 5), slice(5, 24)]
-    for span in spans:
-        sums = xp.array(dy[span].sum(0)), xp.array((dy[span] * (x[span] - mean)).sum(0))
-        total = total + algebra.totals_gradient(xp.namespace, moments, 0.1, xp.array(factor), *sums)
-    assert (xp.numpy(total)[:2] == 0).all()  # of the counts
-    a, b, c = algebra.totals_gradient_map(xp.namespace, moments, 0.1, xp.array(factor), total)
-    near(xp, xp.array(dy) * a + (xp.array(x - mean) * b + c), expected)
-
-
 def test_parts_of_as_many_values_are_merged_by_a_number(xp: Arrays) -> None:
     parts, whole = split_moments(drawn(24, 3), np.ones((24, 3)), [6] * 4)
     merged = algebra.merge(xp.namespace, Moments(xp.array(parts[0]), xp.array(parts[1]), 6), 0)

@@ -38,8 +38,6 @@ __all__ = [
     "stddev",
     "step",
     "totals",
-    "totals_gradient",
-    "totals_gradient_map",
     "unbiased_variance",
 ]
 
@@ -309,30 +307,6 @@ def parameter_gradients(
     if correction is not None:
         dfactor = dfactor * correction.r + dy_sum * correction.d
     return dfactor, dy_sum
-
-
-def totals_gradient(
-    xp: Namespace, moments: Moments, epsilon: Any, factor: Any, dy_sum: Array, dy_centered_sum: Array
-) -> Array:
-    """What one replica adds to the gradient of the `totals` of all, in their order; arguments as for `gradient_map`.
-
-    m = Σn·m/n and v = Σn·(v + m²)/n − m², so n·m has the gradient (∂m − 2·m·∂v)/n, and n·(v + m²) has ∂v/n, with
-    ∂m = −Σdy·factor/σ and ∂v = −Σdy·(x − m)·factor/(2·σ³). The counts are constants.
-    """
-    inverse, count = 1 / stddev(xp, moments.variance, epsilon), divisor(xp, moments.count)
-    by_second = factor * dy_centered_sum * inverse * inverse * inverse / (-2 * count)
-    by_first = factor * dy_sum * inverse / -count - 2 * moments.mean * by_second
-    constants = xp.ones_like(by_first[:1]) * 0
-    return xp.concat([constants, constants, by_first, by_second], axis=0)
-
-
-def totals_gradient_map(
-    xp: Namespace, moments: Moments, epsilon: Any, factor: Any, totals_gradient: Array
-) -> GradientMap:
-    """The gradient for one replica's x as one map, from the gradient of the `totals` of all."""
-    features = moments.mean.shape[0]
-    by_first, b = totals_gradient[2 : 2 + features], 2 * totals_gradient[2 + features :]
-    return GradientMap(factor / stddev(xp, moments.variance, epsilon), b, by_first + b * moments.mean)
 
 
 def inference_variance(xp: Namespace, moving_stddev: Array, epsilon: Any) -> Array:

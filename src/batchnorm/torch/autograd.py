@@ -15,7 +15,7 @@ from batchnorm.core.normalize import Pair
 
 from . import cpu, layout
 from . import namespace as xp
-from .cpu import Averages, Static
+from .cpu import Averages, Replica, Static
 from .layout import wide
 from .synchronized import Replicas
 
@@ -78,9 +78,9 @@ class _Forward(Function):
         ctx.plan, averages, ctx.replicas, found = rest
         pair = flat(x, ctx.plan, None if scale is None else (scale, shift))
         factor, offset = normalize.fold(xp, weight, bias, pair)
-        measured = None if ctx.replicas is None else ctx.replicas.measure(x, weights, static)
+        totals = None if ctx.replicas is None else ctx.replicas.totals(x, weights, static)
         y, moments, correction, counts = cpu.forward(
-            x, factor, offset, renorm_mean, renorm_stddev, weights, limits, static, averages, measured
+            x, factor, offset, renorm_mean, renorm_stddev, weights, limits, static, averages, totals
         )
         found += (moments, counts)  # and not outputs, of which the graph would have to know
         ctx.static, ctx.folded = static, None if pair is None else (pair, factor, offset)
@@ -110,9 +110,9 @@ class _Forward(Function):
                     dy, x, factor, offset, correction, weights, ctx.static
                 )
             else:
-                dx, dfactor, doffset = ctx.replicas.differentiate(
-                    dy, x, factor, offset, moments, correction, weights, counts, ctx.static, ctx.needs_input_grad[0]
-                )
+                replica = Replica(x, factor, moments, correction, weights, counts, ctx.static)
+                wanted = ctx.needs_input_grad[0], factor is not None, offset is not None
+                dx, dfactor, doffset = ctx.replicas.differentiate(replica, dy, wanted)
         elif plain:
             differentiate: Any = _Backward.apply if further else cpu.backward
             dx, dfactor, doffset = differentiate(

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from batchnorm import cpu
-from batchnorm.core.algebra import GradientMap, Moments
 from batchnorm.core.geometry import Geometry, View
 from batchnorm.core.options import Clipping
 
@@ -26,19 +25,18 @@ from .layout import wide
 __all__ = [
     "KERNEL",
     "Averages",
+    "Replica",
     "Static",
     "are_plain",
     "backward",
     "check",
     "forward",
-    "gradient_combine",
-    "gradient_sums",
     "is_plain",
     "limits",
-    "measure",
     "move",
     "serves",
     "takes",
+    "totals",
 ]
 
 KERNEL = cpu.KERNEL
@@ -150,24 +148,23 @@ def forward(
     limits: Limits | None,
     static: Static,
     averages: Averages | None = None,
-    measured: tuple[Tensor, Tensor] | None = None,
+    totals: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """Compute the output, the moments [2][groups][parameters], and r and d in one tensor; move the averages.
 
-    Where groups may differ in what counts in them, also Σw and Σw², [2][groups]. Moments and these may be `measured`.
+    Where groups may differ in what counts in them, also Σw and Σw², [2][groups]. With the `totals` of all replicas the
+    moments and counts are theirs.
     """
     dtype = wide(x)
     x, view, kernel = layout.kernel(x, static.axes, static.virtual_batch_size, static.epsilon)
     y = torch.empty_like(x)
     optional, weights = _weighed(weights, dtype)
     counts = correction = None
-    if measured is not None:
-        moments, counts = measured
-        optional["measured"] = True
-    else:
-        moments = torch.empty((2, view.virtual_batches, view.parameters), dtype=torch.float64, device=x.device)
-        if weights is not None or static.virtual_batch_size is not None:
-            counts = torch.empty((2, view.virtual_batches), dtype=dtype, device=x.device)
+    moments = torch.empty((2, view.virtual_batches, view.parameters), dtype=torch.float64, device=x.device)
+    if weights is not None or static.virtual_batch_size is not None or totals is not None:
+        counts = torch.empty((2, view.virtual_batches), dtype=dtype, device=x.device)
+    if totals is not None:
+        optional["totals"] = _at("totals", totals)
     mean, variance = _halves(moments)
     factor, offset = _dense(factor, dtype), _dense(offset, dtype)  # which keeps them until the call has ended
     if counts is not None:
@@ -249,57 +246,59 @@ def backward(
     return dx, dfactor, doffset
 
 
-# ---- The passes by themselves, of whole batches; statistics and coefficients are of float64, [parameters].
+# ---- Around the sums over replicas.
 
 
-def measure(x: Tensor, weights: Tensor | None, static: Static) -> Moments:
-    """Measure m and v, and count, [1]."""
+def totals(x: Tensor, weights: Tensor | None, static: Static) -> Tensor:
+    """Measure what replicas add up, as `algebra.totals` in float64."""
     x, view, kernel = layout.kernel(x, static.axes, None, static.epsilon)
-    mean, variance = torch.empty((2, view.parameters), dtype=torch.float64, device=x.device)
-    count, square_count = torch.empty((2, 1), dtype=torch.float64, device=x.device)
+    found = torch.empty(2 + 2 * view.parameters, dtype=torch.float64, device=x.device)
     optional, weights = _weighed(weights, wide(x))
     optional.pop("zeroed", None)
-    kernel.moments_at(
-        threads=torch.get_num_threads(), x=_at("x", x), mean=_at("mean", mean), variance=_at("variance", variance),
-        count=_at("count", count), square_count=_at("square_count", square_count), **optional,
-    )  # fmt: skip
-    return Moments(mean, variance, count, square_count=square_count)
+    kernel.totals_at(threads=torch.get_num_threads(), x=_at("x", x), totals=_at("totals", found), **optional)
+    return found
 
 
-def gradient_sums(dy: Tensor, x: Tensor, mean: Tensor, weights: Tensor | None, static: Static) -> Tensor:
-    """Sum dy and dy·(x − m), [2][parameters]."""
-    x, view, kernel = layout.kernel(x, static.axes, None, static.epsilon)
-    dy = _beside(dy, x)
-    sums = torch.empty((2, view.parameters), dtype=torch.float64, device=x.device)
-    first, second = _halves(sums)
-    optional, weights = _weighed(weights, wide(x))
-    kernel.gradient_sums_at(
-        threads=torch.get_num_threads(), x=_at("x", x), dy=_at("dy", dy), mean=_at("mean", mean), dy_sum=first,
-        dy_centered_sum=second, **optional,
-    )  # fmt: skip
-    sums[1] -= (mean - _center(mean, x)) * sums[0]
-    return sums
+class Replica(NamedTuple):
+    """What a replica's gradient is of: its input, and the moments, counts, r and d that `forward` gave."""
 
+    x: Tensor
+    factor: Tensor | None
+    moments: Tensor
+    correction: Tensor | None
+    weights: Tensor | None
+    counts: Tensor
+    static: Static
 
-def gradient_combine(
-    dy: Tensor, x: Tensor, mean: Tensor, gradient: GradientMap, weights: Tensor | None, static: Static
-) -> Tensor:
-    """Compute dx = a·dy + w·(b·(x − m) + c)."""
-    x, _, kernel = layout.kernel(x, static.axes, None, static.epsilon)
-    dy, dx = _beside(dy, x), torch.empty_like(x)
-    a, b, c = gradient
-    c = c - b * (mean - _center(mean, x))
-    optional, weights = _weighed(weights, wide(x))
-    kernel.gradient_combine_at(
-        threads=torch.get_num_threads(), x=_at("x", x), dy=_at("dy", dy), dx=_at("dx", dx), mean=_at("mean", mean),
-        a=_at("a", a), b=_at("b", b), c=_at("c", c), **optional,
-    )  # fmt: skip
-    return dx
+    def totals_gradient(self, dy: Tensor, wanted: tuple[bool, bool]) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Compute what replicas add up, the gradient of the totals, and the gradients of factor and offset here."""
+        totals = torch.empty(2 + self.moments.numel(), dtype=torch.float64, device=dy.device)
+        dtype, parameters = wide(self.x), self.moments.numel() // 2
+        dfactor, doffset = (
+            torch.empty(parameters, dtype=dtype, device=dy.device) if wants else None for wants in wanted
+        )
+        self._call("totals_gradient_at", dy, totals, dfactor=_at("dfactor", dfactor), doffset=_at("doffset", doffset))
+        return totals, dfactor, doffset
 
+    def gradient(self, dy: Tensor, totals: Tensor) -> Tensor:
+        """Compute the gradient of x from the sum of those of the totals."""
+        dx = torch.empty_like(layout.kernel(self.x, self.static.axes, None, self.static.epsilon)[0])
+        self._call("totals_combine_at", dy, totals, dx=_at("dx", dx))
+        return dx
 
-def _center(mean: Tensor, x: Tensor) -> Tensor:
-    """The mean as the passes take it from x: in the type of its statistics."""
-    return mean.to(wide(x)).to(mean.dtype)
+    def _call(self, method: str, dy: Tensor, totals: Tensor, **others: int) -> None:
+        dtype = wide(self.x)
+        x, _, kernel = layout.kernel(self.x, self.static.axes, None, self.static.epsilon)
+        dy, factor = _beside(dy, x), _dense(self.factor, dtype)
+        mean, variance = _halves(self.moments)
+        r, d = _halves(self.correction)
+        optional, weights = _weighed(self.weights, dtype)
+        getattr(kernel, method)(
+            threads=torch.get_num_threads(), x=_at("x", x), dy=_at("dy", dy), mean=mean, variance=variance,
+            count=_at("counts", self.counts), factor=_at("factor", factor), r=r, d=d, totals=_at("totals", totals),
+            **others, **optional,
+        )  # fmt: skip
+        del weights  # kept until here
 
 
 def _beside(dy: Tensor, x: Tensor) -> Tensor:
@@ -319,7 +318,7 @@ def _dense(value: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 
 def _weighed(weights: Tensor | None, dtype: torch.dtype) -> tuple[dict[str, Any], Tensor | None]:
     """The arguments that say what counts, and the tensor that keeps their memory: booleans, or numbers of a type."""
-    if weights is None:
+    if weights is None or not weights.numel():
         return {}, None
     if weights.dtype == torch.bool:
         weights, name = weights.contiguous(), "mask"

@@ -17,7 +17,7 @@ from batchnorm.core.algebra import Moments
 
 from . import checks, cpu, layout
 from . import namespace as xp
-from .cpu import Static
+from .cpu import Replica, Static
 
 __all__ = ["Replicas", "replicas"]
 
@@ -39,48 +39,27 @@ class Replicas(NamedTuple):
 
         def merge(moments: Moments) -> Moments:
             merged = self.merge(moments)
-            _check_several(x, merged, masked)
+            _check_several(x, merged.count, masked)
             return merged
 
         return merge
 
-    def measure(self, x: Tensor, weights: Tensor | None, static: Static) -> tuple[Tensor, Tensor]:
-        """Measure with the CPU kernels; moments and counts as these take them, [2][1][parameters] and [2][1]."""
-        own = cpu.measure(x, weights, static)
-        total = algebra.totals(xp, own, EXACT)
+    def totals(self, x: Tensor, weights: Tensor | None, static: Static) -> Tensor:
+        """Measure on the CPU kernels, and add up."""
+        total = cpu.totals(x, weights, static)
         distributed.all_reduce(total, group=self.group)
-        merged = algebra.from_totals(xp, total, tuple(own.mean.shape), EXACT)
-        _check_several(x, merged, weights is not None)
-        moments = torch.stack([merged.mean, merged.variance]).unsqueeze(1)
-        return moments, torch.stack([merged.count, merged.square_count]).to(layout.wide(x))
+        _check_several(x, total, weights is not None)
+        return total
 
     def differentiate(
-        self,
-        dy: Tensor,
-        x: Tensor,
-        factor: Tensor | None,
-        offset: Tensor | None,
-        moments: Tensor,
-        correction: Tensor | None,
-        weights: Tensor | None,
-        counts: Tensor,
-        static: Static,
-        wanted: bool,
+        self, replica: Replica, dy: Tensor, wanted: tuple[bool, bool, bool]
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Compute the gradients of x, where that is wanted (then on all replicas), and of factor and offset here."""
-        merged = Moments(moments[0, 0], moments[1, 0], counts[0].to(EXACT))
-        sums = cpu.gradient_sums(dy, x, merged.mean, weights, static)
-        corrected = None if correction is None else algebra.Correction(correction[0], correction[1])
-        dfactor, doffset = algebra.parameter_gradients(xp, merged, static.epsilon, corrected, *sums)
-        dx = None
-        if wanted:
-            scale: Any = 1 if factor is None else factor.reshape(-1)
-            scale = scale if corrected is None else scale * corrected.r
-            total = algebra.totals_gradient(xp, merged, static.epsilon, scale, *sums)
-            distributed.all_reduce(total, group=self.group)
-            gradient = algebra.totals_gradient_map(xp, merged, static.epsilon, scale, total)
-            dx = cpu.gradient_combine(dy, x, merged.mean, gradient, weights, static)
-        return dx, None if factor is None else dfactor, None if offset is None else doffset
+        """Compute the gradients of x, factor and offset that are wanted; that of x on all replicas, or on none."""
+        total, dfactor, doffset = replica.totals_gradient(dy, wanted[1:])
+        if not wanted[0]:
+            return None, dfactor, doffset
+        distributed.all_reduce(total, group=self.group)
+        return replica.gradient(dy, total), dfactor, doffset
 
     def differentiate_further(
         self,
@@ -122,9 +101,9 @@ def replicas(x: Tensor, synchronized: bool, group: Any) -> Replicas | None:
     return Replicas(group)
 
 
-def _check_several(x: Tensor, merged: Moments, masked: bool) -> None:
+def _check_several(x: Tensor, totals: Tensor, masked: bool) -> None:
     """Raise for single values, on all replicas alike. Elsewhere looking at the count would break a graph, or wait."""
-    if not masked and x.is_cpu and layout.is_eager() and float(merged.count.detach()) == 1:
+    if not masked and x.is_cpu and layout.is_eager() and float(totals[0].detach()) == 1:
         raise ValueError(
             f"Expected more than 1 value per channel when training, got input size {x.size()} and no other value in "
             f"the process group"

@@ -251,45 +251,6 @@ def test_merging_in_float32_stays_right_where_the_mean_is_large_beside_the_sprea
     np.testing.assert_allclose(xp.numpy(merged.variance), whole[1], rtol=2e-6)
 
 
-@pytest.mark.parametrize("name", [name for name in PARTS if "by feature" not in name])
-def test_what_replicas_add_up_gives_the_moments_of_the_whole(xp: Arrays, name: str) -> None:
-    sizes, weights = PARTS[name]
-    x = drawn(24, 3, seed=11) + 5.0
-    parts, whole = split_moments(x, weights, sizes)
-    dtype = xp.array(0.0).dtype
-    total: Any = 0
-    for mean, variance, count, squares in zip(*parts, strict=True):
-        shaped = [xp.array(value[None, :, None]) for value in (mean, variance)]
-        counted = [xp.array(value[None, :1, None]) for value in (count, squares)]
-        moments = Moments(shaped[0], shaped[1], counted[0], 0.0, counted[1])
-        total = algebra.totals(xp.namespace, moments, dtype) + total
-    assert total.shape[0] == 2 + 2 * 3
-    found = algebra.from_totals(xp.namespace, total, (1, 3, 1), dtype)
-    near(xp, xp.namespace.reshape(found.mean + found.rest, (1, 3)), whole[0])
-    near(xp, xp.namespace.reshape(found.variance, (1, 3)), whole[1])
-    near(xp, found.count, whole[2][0, :1])
-    near(xp, found.square_count, whole[3][0, :1])
-
-
-def test_what_replicas_add_up_in_float64_keeps_the_variance_beside_a_large_mean(xp: Arrays) -> None:
-    x = np.random.default_rng(0).normal(1e4, 1.0, (64, 6)).astype(np.float32)
-    total: Any = 0
-    for part in np.split(x, [40, 40, 47]):
-        apart = part.astype(np.float64) - 1e4
-        divisor = max(len(part), 1)
-        distance = apart.sum(0) / divisor
-        fields = np.full(6, 1e4), distance, ((apart - distance) ** 2).sum(0) / divisor
-        origin, distance, variance = (xp.array(value.astype(np.float32)) for value in fields)
-        moments = Moments.near(origin, distance, variance, len(part))
-        total = algebra.totals(xp.namespace, moments, xp.array(0.0).dtype) + total
-    found = algebra.from_totals(xp.namespace, total, (6,), moments.mean.dtype)
-    assert xp.numpy(found.mean).dtype == xp.numpy(found.variance).dtype == np.float32
-    wide = x.astype(np.float64)
-    mean = xp.numpy(found.mean).astype(np.float64) + xp.numpy(found.rest)
-    np.testing.assert_allclose(mean, wide.mean(0), rtol=0, atol=1e-6)
-    np.testing.assert_allclose(xp.numpy(found.variance), wide.var(0), rtol=2e-6)
-
-
 # Batch renormalization
 
 

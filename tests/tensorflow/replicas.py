@@ -132,8 +132,8 @@ def run(strategy: Any, case: Case) -> Iterator[str]:
         x = rng.normal(case.mean, 1.0, (ends[-1], *case.shape)).astype(case.dtype)
         x += np.linspace(0, 1, len(x), dtype=x.dtype).reshape(-1, *[1] * len(case.shape))  # replicas differ
         dy = rng.normal(size=x.shape).astype(case.dtype)
-        mask = rng.random([size for at, size in enumerate(x.shape) if at not in axes])
-        mask = np.where(mask < 0.6, mask, 0.0) if case.mask == "weights" else mask < 0.6
+        drawn = rng.random([size for at, size in enumerate(x.shape) if at not in axes])
+        mask: Any = np.where(drawn < 0.6, drawn, 0.0) if case.mask == "weights" else drawn < 0.6
         given = [distributed(strategy, np.split(array, ends[1:-1])) for array in (x, dy, mask)]
         found = train(*given, tf.constant(training) if case.tensor else training)
 

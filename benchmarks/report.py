@@ -29,6 +29,9 @@ CHOSEN = (
     ("tensorflow", "features first", "the original", {"layout": "features first"}),
     ("tensorflow", "renorm", "the original", {"option": "renorm"}),
     ("tensorflow", "virtual batches", "the original", {"option": "virtual batches"}),
+    ("jax", "features last", "flax", {"layout": "features last"}),
+    ("jax", "features first", "flax", {"layout": "features first"}),
+    ("jax", "renorm", "sbx", {"option": "renorm"}),
     ("numpy", "features last", "by hand", {"layout": "features last"}),
     ("numpy", "features first", "by hand", {"layout": "features first"}),
 )

@@ -57,10 +57,18 @@ def test_a_wrong_option_is_an_error_that_says_what_came(
         BatchNormalization(**options)
 
 
-def test_statistics_of_replicas_are_refused_where_nothing_merges_them() -> None:
-    message = "TensorFlow backend" if BACKEND != "tensorflow" else "synchronized must be False"
-    with pytest.raises(ValueError, match=message):
-        BatchNormalization(synchronized=True)
+def test_statistics_of_replicas_and_virtual_batches_exclude_each_other() -> None:
+    with pytest.raises(ValueError, match=r"synchronized.*virtual_batch_size=4"):
+        BatchNormalization(synchronized=True, virtual_batch_size=4)
+
+
+def test_without_replicas_synchronized_means_nothing() -> None:
+    x = np.random.default_rng(0).normal(3.0, 2.0, (8, 5, 3)).astype(np.float32)
+    plain, layer = BatchNormalization(renorm=True), BatchNormalization(renorm=True, synchronized=True)
+    first, second = (keras.ops.convert_to_numpy(each(x, training=True)) for each in (plain, layer))
+    np.testing.assert_array_equal(first, second)
+    assert layer.kernel == plain.kernel
+    assert BatchNormalization.from_config(layer.get_config()).synchronized is True
 
 
 @pytest.mark.parametrize(

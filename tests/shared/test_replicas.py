@@ -32,6 +32,7 @@ END = 'np.savez("found.npz", **found)'
 TENSORFLOW = """
 import tensorflow as tf
 import keras
+import batchnorm.keras
 from batchnorm.tensorflow import BatchNormalization
 
 cpu = tf.config.list_physical_devices("CPU")[0]
@@ -48,6 +49,9 @@ with strategy.scope():
     layers = {
         "plain": BatchNormalization(**options),
         "renorm": BatchNormalization(renorm=True, renorm_clipping=CLIPPING, renorm_momentum=0.75, **options),
+        "keras plain": batchnorm.keras.BatchNormalization(**options),
+        "keras renorm": batchnorm.keras.BatchNormalization(
+            renorm=True, renorm_clipping=CLIPPING, renorm_momentum=0.75, **options),
         "peer": keras.layers.BatchNormalization(**options),
     }
     for layer in layers.values():
@@ -63,7 +67,7 @@ for case, layer in layers.items():
     run = tf.function(lambda x, dy: strategy.run(step, [x, dy]))
     for number, arrays in enumerate(zip(xs, dys)):
         y, dx = (np.concatenate(local(value)) for value in run(*map(distributed, arrays)))
-        averages = {name: getattr(layer, name) for name in AVERAGES["renorm" if case == "renorm" else "plain"]}
+        averages = {name: getattr(layer, name) for name in AVERAGES["renorm" if "renorm" in case else "plain"]}
         keep(case, number, y=y, dx=dx, **{name: tf.convert_to_tensor(value) for name, value in averages.items()})
 """
 

@@ -1,8 +1,8 @@
 """Who computes a training step on which backend of Keras: the one place that knows them apart.
 
 Each backend has its kernels, as this package has them for that framework, and its array namespace. `serves` tells
-whether the kernels can compute a step, `forward` has them do it, and gives what averages move to, by feature. Any other
-backend composes everything of `keras.ops`.
+whether the kernels can compute a step, `forward` has them do it, and gives what averages move to, by feature. `merge`
+is what puts the moments of replicas together. Any other backend composes everything of `keras.ops`.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ __all__ = ["BACKEND", "infer", "is_known", "merge", "plan", "train", "wide", "xp
 
 BACKEND: str = keras.backend.backend()
 Values = Mapping[str, Any]
+Merge = Callable[[Moments], Moments]
 xp: Any
 """The array namespace of the backend."""
 
@@ -30,7 +31,7 @@ if BACKEND == "tensorflow":
     import tensorflow as tf
 
     from batchnorm.tensorflow import namespace as xp
-    from batchnorm.tensorflow import operations
+    from batchnorm.tensorflow import operations, synchronized
 
     def serves(x: Any, plan: Geometry, weights: Any) -> bool:
         """Tell whether TensorFlow's operations of the kernels can; XLA does not know them."""
@@ -55,10 +56,14 @@ if BACKEND == "tensorflow":
         """Tell whether values can be looked at."""
         return bool(tf.executing_eagerly())
 
+    def merge(x: Any) -> Merge | None:
+        """Those of `tf.distribute`."""
+        return synchronized.merge if synchronized.has_replicas() else None
+
 elif BACKEND == "torch":
     import torch
 
-    from batchnorm.torch import autograd, cpu, layout, operators
+    from batchnorm.torch import autograd, cpu, layout, operators, synchronized
     from batchnorm.torch import namespace as xp
 
     def serves(x: Any, plan: Geometry, weights: Any) -> bool:
@@ -84,6 +89,11 @@ elif BACKEND == "torch":
         """Tell whether values can be looked at, at no cost."""
         return bool(x.is_cpu and layout.is_eager())
 
+    def merge(x: Any) -> Merge | None:
+        """Those of the process group of `torch.distributed`."""
+        replicas = synchronized.replicas(x, True, None)
+        return None if replicas is None else replicas.merge
+
 elif BACKEND == "jax":
     from batchnorm.jax import namespace as xp
     from batchnorm.jax import primitives
@@ -103,6 +113,10 @@ elif BACKEND == "jax":
         """Tell whether values can be looked at: a program of JAX knows them only when it runs."""
         return False
 
+    def merge(x: Any) -> Merge | None:
+        """A batch is one array, whatever devices it is on, and so the moments are those of all of it."""
+        return None
+
 else:
     from . import namespace as xp
 
@@ -120,6 +134,10 @@ else:
         """Tell whether values can be looked at."""
         return False
 
+    def merge(x: Any) -> Merge | None:
+        """There are no replicas."""
+        return None
+
 
 def plan(shape: Any, axis: int | tuple[int, ...], virtual_batch_size: int | None) -> Geometry:
     """Work out the geometry; without its cache where that would be traced into a graph, or sizes are no ints."""
@@ -130,24 +148,6 @@ def plan(shape: Any, axis: int | tuple[int, ...], virtual_batch_size: int | None
     return make(sizes, axis, virtual_batch_size)
 
 
-def merge(synchronized: bool, virtual_batch_size: int | None) -> Callable[[Moments], Moments] | None:
-    """What puts the moments of replicas together, or None.
-
-    Raises:
-        ValueError: Where there is nothing that does.
-    """
-    if not synchronized:
-        return None
-    if BACKEND != "tensorflow":
-        raise ValueError(
-            f"Argument synchronized=True is only supported with the TensorFlow backend. Received: backend={BACKEND!r}."
-        )
-    raise ValueError(
-        "synchronized must be False: statistics of several replicas are not supported yet, on any backend; "
-        "received True of type bool."
-    )
-
-
 def train(
     x: Any,
     plan: Geometry,
@@ -156,7 +156,7 @@ def train(
     values: Values,
     adjustment: Pair | None,
     weights: Any,
-    merge: Callable[[Moments], Moments] | None,
+    merge: Merge | None,
 ) -> tuple[Any, Moments, str]:
     """Normalize by the batch.
 

@@ -75,7 +75,8 @@ class BatchNormalization(keras.layers.BatchNormalization):  # type: ignore[misc]
             and `moving_variance_initializer`. Renorm's averages begin at the moving ones.
         beta_regularizer: Regularizer of β, or None; so is `gamma_regularizer`.
         beta_constraint: Constraint of β, or None; so is `gamma_constraint`.
-        synchronized: Whether moments are those of all replicas together.
+        synchronized: Whether moments are those of all replicas together: on TensorFlow those of a strategy, on PyTorch
+            those of the process group. On JAX they are in any case. Not with `virtual_batch_size`.
         renorm: Whether to correct by batch renormalization (Ioffe, 2017).
         renorm_clipping: Limits of the correction, a dictionary with any of the keys rmin, rmax and dmax, to numbers or
             scalar tensors; or a function of the number of steps to one, such as `ClippingSchedule`. The number is kept
@@ -152,10 +153,9 @@ class BatchNormalization(keras.layers.BatchNormalization):  # type: ignore[misc]
             virtual_batch_size=virtual_batch_size,
             adjustment=adjustment,
             skip_nonfinite=skip_nonfinite,
+            synchronized=synchronized,
         )
         self._schedule = schedule
-        self.synchronized = flag("synchronized", synchronized)
-        backends.merge(self.synchronized, virtual_batch_size)
         self.beta_initializer = initializers.get(beta_initializer)
         self.gamma_initializer = initializers.get(gamma_initializer)
         self.moving_mean_initializer = initializers.get(moving_mean_initializer)
@@ -174,6 +174,7 @@ class BatchNormalization(keras.layers.BatchNormalization):  # type: ignore[misc]
     momentum, epsilon, renorm_momentum = (_option(name) for name in ("decay", "epsilon", "renorm_decay"))
     virtual_batch_size, adjustment = _option("virtual_batch_size"), _option("adjustment")
     fused, skip_nonfinite = _option("fused"), _option("skip_nonfinite")
+    synchronized = _option("synchronized")
 
     @property
     def renorm_clipping(self) -> dict[str, Any] | Schedule | None:
@@ -255,7 +256,7 @@ class BatchNormalization(keras.layers.BatchNormalization):  # type: ignore[misc]
         if not (training and self.trainable):
             return ops.cast(backends.infer(inputs, plan, self.options, values), self.compute_dtype)
         adjustment = self._adjusted(inputs, plan)
-        merge = backends.merge(self.synchronized, self.virtual_batch_size)
+        merge = backends.merge(inputs) if self.synchronized else None
         y, moments, self.kernel = backends.train(
             inputs, plan, self.options, self._limits(), values, adjustment, weights, merge
         )

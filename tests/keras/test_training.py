@@ -175,9 +175,7 @@ class Noise:
 
     def __call__(self, shape: Any) -> tuple[Any, Any]:
         size = (shape[0], *[1] * (len(shape) - 1))
-        return tuple(
-            keras.random.uniform(size, low, low + 0.4, seed=self.generator) for low in (0.8, -0.2)
-        )
+        return tuple(keras.random.uniform(size, low, low + 0.4, seed=self.generator) for low in (0.8, -0.2))
 
     def get_config(self) -> dict[str, int]:
         return {"seed": self.seed}

@@ -92,11 +92,34 @@ def _network(experiment: Experiment, seed: int) -> Any:
             )
         )
         if normalization is not None:
-            layers.append(BatchNormalization(**_options(experiment, next(seeds))))
+            options, replicas = _options(experiment, next(seeds)), normalization.replicas
+            layers.append(_Apart(replicas, options) if replicas else BatchNormalization(**options))
         layers.append(keras.layers.ReLU())
     initializer = keras.initializers.GlorotNormal(seed=next(seeds))
     layers += [keras.layers.GlobalAveragePooling2D(), keras.layers.Dense(10, kernel_initializer=initializer)]
     return keras.Sequential(layers)
+
+
+class _Apart(keras.layers.Layer):
+    """Normalization of the samples of each replica by themselves, with one scale and offset for all."""
+
+    def __init__(self, replicas: int, options: dict[str, Any]) -> None:
+        super().__init__()
+        self.replicas = replicas
+        self.norm = BatchNormalization(axis=[1, -1], center=False, scale=False, **options)
+
+    def build(self, shape: Any) -> None:
+        self.gamma = self.add_weight(shape=shape[-1:], initializer="ones")
+        self.beta = self.add_weight(shape=shape[-1:], initializer="zeros")
+        self.norm.build((None, self.replicas, *shape[1:]))
+
+    def call(self, x: Any, training: bool = False) -> Any:
+        shares = keras.ops.reshape(x, (-1, self.replicas, *x.shape[1:]))
+        y = self.norm(shares, training=training) * self.gamma + self.beta
+        return keras.ops.reshape(y, (-1, *x.shape[1:]))
+
+    def compute_output_shape(self, shape: Any) -> Any:
+        return shape
 
 
 def _seeds(seed: int) -> Iterator[int]:

@@ -31,7 +31,9 @@ if BACKEND == "tensorflow":
     import tensorflow as tf
 
     from batchnorm.tensorflow import namespace as xp
-    from batchnorm.tensorflow import operations, synchronized
+    from batchnorm.tensorflow import operations
+    from batchnorm.tensorflow.synchronized import has_replicas
+    from batchnorm.tensorflow.synchronized import merge as merge_replicas
 
     def serves(x: Any, plan: Geometry, weights: Any) -> bool:
         """Tell whether TensorFlow's operations of the kernels can; XLA does not know them."""
@@ -58,13 +60,14 @@ if BACKEND == "tensorflow":
 
     def merge(x: Any) -> Merge | None:
         """Those of `tf.distribute`."""
-        return synchronized.merge if synchronized.has_replicas() else None
+        return merge_replicas if has_replicas() else None
 
 elif BACKEND == "torch":
     import torch
 
-    from batchnorm.torch import autograd, cpu, layout, operators, synchronized
+    from batchnorm.torch import autograd, cpu, layout, operators
     from batchnorm.torch import namespace as xp
+    from batchnorm.torch.synchronized import replicas
 
     def serves(x: Any, plan: Geometry, weights: Any) -> bool:
         """Tell whether the kernels can; they know no transformations of `torch.func`."""
@@ -91,8 +94,8 @@ elif BACKEND == "torch":
 
     def merge(x: Any) -> Merge | None:
         """Those of the process group of `torch.distributed`."""
-        replicas = synchronized.replicas(x, True, None)
-        return None if replicas is None else replicas.merge
+        found = replicas(x, synchronized=True, group=None)
+        return None if found is None else found.merge
 
 elif BACKEND == "jax":
     from batchnorm.jax import namespace as xp

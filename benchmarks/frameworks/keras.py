@@ -93,7 +93,7 @@ def _contender(name: str, layer: Any, case: Case, jit: bool) -> Contender:
         call["mask"] = ops.convert_to_tensor(case.mask)
     steps = {"tensorflow": _tensorflow, "jax": _jax, "torch": _torch}
     run = steps[BACKEND](layer, x, dy, call, case.mode.endswith("step"), jit)
-    return Contender(f"{name}, jit" if jit else name, run, lambda: getattr(layer, "kernel", None))
+    return Contender(name if jit == DEFAULT else f"{name}, jit", run, lambda: getattr(layer, "kernel", None))
 
 
 def _tensorflow(layer: Any, x: Any, dy: Any, call: dict[str, Any], step: bool, jit: bool) -> Callable[[], list[Any]]:
@@ -163,7 +163,7 @@ def contenders(case: Case) -> tuple[list[Contender], Contender]:
     found = [ours(case)]
     modes = (DEFAULT,) if BACKEND == "jax" else (False, True)  # without jit JAX is not what anybody trains by
     found += [_contender("batchnorm", BatchNormalization(**options), case, jit) for jit in modes if jit != DEFAULT]
-    if case.option in ("plain", "renorm", "mask of ones", "half masked") and (case.mask is None or case.axis == -1):
+    if case.option in ("plain", "renorm", "mask of ones"):  # gradients of what is masked are others with Keras
         found += [_contender("Keras", keras.layers.BatchNormalization(**options), case, jit) for jit in modes]
     x, dy = _data(case.shape, case.dtype)
 

@@ -154,21 +154,32 @@ void run(const Forward& p) {
   const Layout layout(v, p.weights, 1, waits);
   const auto arrays = arrays_of<E, 1>({p.x}, p.y);
   Scratch call;
-  const Counts counts(call, v, p.weights);
-  counts.write(p.count, p.square_count);
+  const Counts counts(call, v, p.weights, p.measured ? p.count : Values{});
+  if (!p.measured) counts.write(p.count, p.square_count);
   will_write(p.y, v.bytes(p.type));
 
   if constexpr (Layout::WHOLE) {
     Scratch scratch;
     Numbers<Value, 3> by(scratch, layout.columns(layout.all()));
-    measure_whole(layout, arrays, [&](int64_t c, int64_t n, const double* mean, const double* variance) {
+    auto take = [&](int64_t c, int64_t n, const double* mean, const double* variance) {
       double factor[FEATURES], offset[FEATURES];
-      write(p.mean, c, n, mean);
-      write(p.variance, c, n, variance);
       if (renorm) correction(p, c, n, mean, variance);
       combined(p, c, n, factor, offset);
       normalize_coefficients(n, p.epsilon, factor, offset, mean, variance, by.of[0] + c, by.of[1] + c, by.of[2] + c);
-    });
+    };
+    if (p.measured)
+      each_feature(layout.features, layout.alone, [&](int64_t c, int64_t n) {
+        double mean[FEATURES], variance[FEATURES];
+        read(p.mean, c, n, mean);
+        read(p.variance, c, n, variance);
+        take(c, n, mean, variance);
+      });
+    else
+      measure_whole(layout, arrays, [&](int64_t c, int64_t n, const double* mean, const double* variance) {
+        write(p.mean, c, n, mean);
+        write(p.variance, c, n, variance);
+        take(c, n, mean, variance);
+      });
     for (Value* values : by.of) layout.spread(layout.all(), values);
     each_part_backwards(layout,
                         [&](const Part& part) { layout.template map<NormalizeFormula>(arrays, 0, part, by.of); });
@@ -197,9 +208,14 @@ void run(const Forward& p) {
       for (int64_t g = part.begin_group; g < part.end_group; g++) {
         int64_t i = g * layout.features + c;
         double *mean = waits ? kept.of[0] + i : own.of[0], *variance = waits ? kept.of[1] + i : own.of[1];
-        measure(layout, arrays, g, part, counts, mean, variance);
-        write(p.mean, i, n, mean);
-        write(p.variance, i, n, variance);
+        if (p.measured) {
+          read(p.mean, i, n, mean);
+          read(p.variance, i, n, variance);
+        } else {
+          measure(layout, arrays, g, part, counts, mean, variance);
+          write(p.mean, i, n, mean);
+          write(p.variance, i, n, variance);
+        }
         if (waits) continue;
         if (renorm) correction(p, v.grouped_parameters ? i : c, n, mean, variance);
         if (g == part.begin_group || v.grouped_parameters) combined(p, i, n, local.factor, local.offset);
@@ -320,11 +336,12 @@ void run(const Moments& p) {
     write(p.mean, i, n, mean);
     write(p.variance, i, n, variance);
   };
+  Scratch call;
+  const Counts counts(call, p.view, p.weights);
+  counts.write(p.count, p.square_count);
   if constexpr (Layout::WHOLE)
     measure_whole(layout, x, take);
-  else {
-    Scratch call;
-    const Counts counts(call, p.view, p.weights);
+  else
     each_part(layout, [&](const Part& part, int64_t) {
       Scratch scratch;
       Numbers<double, 2> found(scratch, part.features());
@@ -333,7 +350,6 @@ void run(const Moments& p) {
         take(g * layout.features + part.begin_feature, part.features(), found.of[0], found.of[1]);
       }
     });
-  }
 }
 
 template <class Layout>

@@ -92,6 +92,7 @@ struct Forward {
   Values r, d;            // out with renorm, else absent: [parameters]
   Weights weights{};
   Values count{}, square_count{};  // out, or absent: sums of weights and of their squares, [virtual batches]
+  bool measured = false;  // whether the moments are given, those of replicas together: in, and no count goes out
 };
 
 // dfactor is the sum of dy·(r·(x − m)/σ + d), doffset that of dy. dx may lie where dy does, and nowhere else among what
@@ -116,6 +117,7 @@ struct Moments {
   const void* x;
   Values mean, variance;  // out
   Weights weights{};
+  Values count{}, square_count{};  // out, or absent: as of a forward pass
 };
 struct Normalize {  // y = scale·(x − mean) + offset
   Type type;

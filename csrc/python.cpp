@@ -15,10 +15,12 @@
 #include <limits>
 #include <optional>
 #include <string>
+#include <vector>
 
 #include "boundary.hpp"
 #include "kernels.hpp"
 #include "processors.hpp"
+#include "replicas.hpp"
 #include "threads.hpp"
 
 namespace nb = nanobind;
@@ -360,11 +362,17 @@ Team team_of(int64_t threads) {
   return Team(openmp, static_cast<int>(threads < INT_MAX ? threads : INT_MAX));
 }
 
+// What replicas add up; of whole batches. See replicas.hpp.
+Totals totals_of(const Kernel& kernel, uintptr_t totals) {
+  if (kernel.view.virtual_batches() != 1) refuse("totals must be of a whole batch");
+  return Totals(kernel.view, address(totals, true, "totals"));
+}
+
 void forward_at(const Kernel& kernel, int64_t threads, uintptr_t x, uintptr_t y, uintptr_t mean, uintptr_t variance,
                 uintptr_t factor, uintptr_t offset, uintptr_t renorm_mean, uintptr_t renorm_stddev, uintptr_t r,
                 uintptr_t d, double rmin, double rmax, double dmax, uintptr_t running_mean, uintptr_t running_variance,
                 double momentum, bool unbiased, double renorm_momentum, uintptr_t mask, uintptr_t weights, bool zeroed,
-                uintptr_t count, uintptr_t square_count) {
+                uintptr_t count, uintptr_t square_count, uintptr_t totals) {
   auto numbers = [&](uintptr_t value, bool needed, const char* name) {
     return Values{address(value, needed, name), kernel.doubles()};
   };
@@ -386,7 +394,7 @@ void forward_at(const Kernel& kernel, int64_t threads, uintptr_t x, uintptr_t y,
   p.dmax = dmax;
   Averages averages = averages_of(kernel, momentum, unbiased, renorm_momentum);
   p.weights = weights_at(kernel, mask, weights, zeroed);
-  bool weighed = static_cast<bool>(p.weights);
+  bool weighed = static_cast<bool>(p.weights) || totals;
   averages.mean = p.mean;
   averages.variance = p.variance;
   averages.count = p.count = numbers(count, weighed, "count");
@@ -396,6 +404,10 @@ void forward_at(const Kernel& kernel, int64_t threads, uintptr_t x, uintptr_t y,
   averages.renorm_mean = p.renorm_mean;
   averages.renorm_stddev = p.renorm_stddev;
   Team team = team_of(threads);
+  if (totals) {
+    p.measured = true;
+    totals_of(kernel, totals).to_moments(p);
+  }
   Released released;
   kernels().forward(p);
   if (running_mean || running_variance || (renorm && renorm_momentum != 0)) track(averages);
@@ -424,6 +436,80 @@ void backward_at(const Kernel& kernel, int64_t threads, uintptr_t x, uintptr_t d
   p.count = numbers(count, static_cast<bool>(p.weights), "count");
   Team team = team_of(threads);
   call(kernels().backward, p);
+}
+
+// Around the sums over replicas.
+
+void totals_at(const Kernel& kernel, int64_t threads, uintptr_t x, uintptr_t totals, uintptr_t mask,
+               uintptr_t weights) {
+  Totals t = totals_of(kernel, totals);
+  auto p = kernel.operation<Moments>();
+  p.x = address(x, kernel.view.size() > 0, "x");
+  p.mean = {t.first, true};
+  p.variance = {t.second, true};
+  p.count = {t.count, true};
+  p.square_count = {t.square_count, true};
+  p.weights = weights_at(kernel, mask, weights, false);
+  Team team = team_of(threads);
+  call(kernels().moments, p);
+  t.from_moments();
+}
+
+Replica replica_of(const Kernel& kernel, uintptr_t mean, uintptr_t variance, uintptr_t count, uintptr_t factor,
+                   uintptr_t r, uintptr_t d) {
+  bool renorm = r || d;
+  auto numbers = [&](uintptr_t value, bool needed, const char* name) {
+    return Values{address(value, needed, name), kernel.doubles()};
+  };
+  return {kernel.doubles(),
+          kernel.epsilon,
+          {address(mean, true, "mean"), true},
+          {address(variance, true, "variance"), true},
+          numbers(count, true, "count"),
+          numbers(factor, false, "factor"),
+          numbers(r, renorm, "r"),
+          numbers(d, renorm, "d")};
+}
+
+void totals_gradient_at(const Kernel& kernel, int64_t threads, uintptr_t x, uintptr_t dy, uintptr_t mean,
+                        uintptr_t variance, uintptr_t count, uintptr_t factor, uintptr_t r, uintptr_t d,
+                        uintptr_t totals, uintptr_t dfactor, uintptr_t doffset, uintptr_t mask, uintptr_t weights,
+                        bool zeroed) {
+  bool values = kernel.view.size() > 0;
+  Totals t = totals_of(kernel, totals);
+  Replica replica = replica_of(kernel, mean, variance, count, factor, r, d);
+  auto p = kernel.operation<GradientSums>();
+  p.x = address(x, values, "x");
+  p.dy = address(dy, values, "dy");
+  p.mean = replica.mean;
+  p.dy_sum = {t.first, true};
+  p.dy_centered_sum = {t.second, true};
+  p.weights = weights_at(kernel, mask, weights, zeroed);
+  Team team = team_of(threads);
+  call(kernels().gradient_sums, p);
+  replica.to_gradient(t, {address(dfactor, false, "dfactor"), kernel.doubles()},
+                      {address(doffset, false, "doffset"), kernel.doubles()});
+}
+
+void totals_combine_at(const Kernel& kernel, int64_t threads, uintptr_t x, uintptr_t dy, uintptr_t dx, uintptr_t mean,
+                       uintptr_t variance, uintptr_t count, uintptr_t factor, uintptr_t r, uintptr_t d,
+                       uintptr_t totals, uintptr_t mask, uintptr_t weights, bool zeroed) {
+  bool values = kernel.view.size() > 0;
+  Totals t = totals_of(kernel, totals);
+  Replica replica = replica_of(kernel, mean, variance, count, factor, r, d);
+  auto p = kernel.operation<GradientCombine>();
+  p.x = address(x, values, "x");
+  p.dy = address(dy, values, "dy");
+  p.dx = address(dx, values, "dx");
+  p.mean = replica.mean;
+  p.weights = weights_at(kernel, mask, weights, zeroed);
+  Team team = team_of(threads);
+  std::vector<double> a(static_cast<size_t>(t.features)), b(a), c(a);
+  replica.to_map(t, a.data(), b.data(), c.data());
+  p.a = {a.data(), true};
+  p.b = {b.data(), true};
+  p.c = {c.data(), true};
+  call(kernels().gradient_combine, p);
 }
 
 std::string representation(const Kernel& k) {
@@ -487,7 +573,16 @@ NB_MODULE(_cpu, m) {
            absent("factor"), absent("offset"), absent("renorm_mean"), absent("renorm_stddev"), absent("r"), absent("d"),
            arg("rmin") = -INFINITE, arg("rmax") = INFINITE, arg("dmax") = INFINITE, absent("running_mean"),
            absent("running_variance"), arg("momentum") = 0.0, arg("unbiased") = false, arg("renorm_momentum") = 0.0,
-           absent("mask"), absent("weights"), arg("zeroed") = false, absent("count"), absent("square_count"))
+           absent("mask"), absent("weights"), arg("zeroed") = false, absent("count"), absent("square_count"),
+           absent("totals"))
+      .def("totals_at", &totals_at, nb::kw_only(), arg("threads"), arg("x"), arg("totals"), absent("mask"),
+           absent("weights"))
+      .def("totals_gradient_at", &totals_gradient_at, nb::kw_only(), arg("threads"), arg("x"), arg("dy"), arg("mean"),
+           arg("variance"), arg("count"), absent("factor"), absent("r"), absent("d"), arg("totals"), absent("dfactor"),
+           absent("doffset"), absent("mask"), absent("weights"), arg("zeroed") = false)
+      .def("totals_combine_at", &totals_combine_at, nb::kw_only(), arg("threads"), arg("x"), arg("dy"), arg("dx"),
+           arg("mean"), arg("variance"), arg("count"), absent("factor"), absent("r"), absent("d"), arg("totals"),
+           absent("mask"), absent("weights"), arg("zeroed") = false)
       .def("backward_at", &backward_at, nb::kw_only(), arg("threads"), arg("x"), arg("dy"), arg("dx"), arg("mean"),
            arg("variance"), absent("factor"), absent("r"), absent("d"), absent("dfactor"), absent("doffset"),
            absent("mask"), absent("weights"), arg("zeroed") = false, absent("count"));

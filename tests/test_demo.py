@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib
 import itertools
 import re
@@ -21,8 +22,9 @@ MODULES = {
     "tensorflow": "batchnorm.demo.tensorflow",
     "torch": "batchnorm.demo.pytorch",
     "jax": "batchnorm.demo.jax",
+    "keras": "batchnorm.demo.keras",
 }
-NAMES = {"tensorflow": "TensorFlow", "torch": "PyTorch", "jax": "JAX"}
+NAMES = {"tensorflow": "TensorFlow", "torch": "PyTorch", "jax": "JAX", "keras": "Keras"}
 each_framework = pytest.mark.parametrize("framework", MODULES)
 
 
@@ -151,7 +153,7 @@ def test_the_table_says_never_and_how_many(capsys: pytest.CaptureFixture[str]) -
 def _small(monkeypatch: pytest.MonkeyPatch) -> None:
     """With and without the layer, and every option of it, once."""
     sweep = experiments.COMPARISONS[1]
-    renorm, large = experiments.COMPARISONS[-2:]
+    renorm, large, replicas = experiments.COMPARISONS[-3:]
     assert renorm.experiments[1].method == "batch renorm"
     monkeypatch.setattr(
         experiments,
@@ -160,6 +162,7 @@ def _small(monkeypatch: pytest.MonkeyPatch) -> None:
             sweep,
             Comparison(renorm.title, renorm.experiments[:2]),
             Comparison(large.title, large.experiments[1:]),
+            Comparison(replicas.title, replicas.experiments[1:]),
         ),
     )
 
@@ -174,16 +177,52 @@ def test_a_tiny_run_draws_a_figure(
     assert demo.main(["--framework", framework, "--quick", "--seeds", "1", "--output", str(path)]) == 0
     assert path.read_bytes().startswith(b"\x89PNG")
     shown = capsys.readouterr().out
-    assert f"Training 6 networks on {NAMES[framework]}: 6 experiments" in shown
+    assert f"Training 9 networks on {NAMES[framework]}: 9 experiments" in shown
     for method in report.COLOURS:
         assert method in shown
     assert "Batches of 32 from two classes: batch renorm against batch norm: mean " in shown
 
 
-def _method(name: str, steps: int) -> Experiment:
+def _method(name: str, steps: int, comparisons: slice = slice(1, None)) -> Experiment:
     """An experiment of few steps, with an evaluation after each."""
-    found = [one for comparison in experiments.COMPARISONS[1:] for one in comparison.experiments if one.method == name]
+    chosen = experiments.COMPARISONS[comparisons]
+    found = [one for comparison in chosen for one in comparison.experiments if one.method == name]
     return dataclasses.replace(found[0], steps=steps, evaluations=steps)
+
+
+REPLICAS = slice(-1, None)
+"""The comparison of these."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["batch norm", "batch renorm"])
+def test_replicas_are_normalized_and_remembered_each_by_itself(method: str) -> None:
+    """In PyTorch: as a layer of `torch.nn` for each replica, or one of ours with renorm."""
+    import torch
+
+    from batchnorm.demo import pytorch
+    from batchnorm.torch import BatchNorm2d
+
+    experiment = _method(method, 4, REPLICAS)
+    make = pytorch._normalization(experiment, torch.Generator())
+    assert make is not None
+    together: Any = make(3)
+    kind: Any = torch.nn.BatchNorm2d
+    if together.norm.renorm:
+        schedule = pytorch._schedule(Clips(), experiment.steps)
+        kind = functools.partial(BatchNorm2d, renorm=True, renorm_clipping=schedule, renorm_momentum=1 - 0.98)
+    apart = [kind(3, eps=1e-3, momentum=1 - 0.98) for _ in range(4)]
+    with torch.no_grad():
+        for parameter in (together.weight, together.bias):
+            parameter.add_(torch.randn(3))
+        for layer in apart:
+            layer.weight.copy_(together.weight)
+            layer.bias.copy_(together.bias)
+    for training in (True, True, False):
+        x = torch.randn(16, 3, 5, 5) + torch.arange(16).reshape(-1, 1, 1, 1) % 4  # replicas differ
+        y = together.train(training)(x)
+        for replica, layer in enumerate(apart):
+            torch.testing.assert_close(y[replica::4], layer.train(training)(x[replica::4]), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.slow
@@ -201,8 +240,14 @@ def test_the_same_seed_gives_the_same_run_and_another_does_not(method: str, fram
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", [name for name in report.COLOURS if name != "adjustment"])
-def test_the_experiments_are_the_same_in_every_framework(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("method", "comparisons"),
+    [(name, slice(1, None)) for name in report.COLOURS if name != "adjustment"]
+    + [(name, REPLICAS) for name in ("batch norm", "batch renorm")],
+)
+def test_the_experiments_are_the_same_in_every_framework(
+    method: str, comparisons: slice, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Weights are of one distribution, and training from the same weights on the same batches is the same.
 
     An adjustment is drawn by the framework, so that the runs with it differ.
@@ -234,7 +279,7 @@ def test_the_experiments_are_the_same_in_every_framework(method: str, monkeypatc
     monkeypatch.setattr(ours, "_initialize", keeping)
     for name in ("he_normal", "glorot_normal"):
         monkeypatch.setattr(theirs.v1.initializers, name, drawing(getattr(theirs.v1.initializers, name)))
-    data, experiment = digits.load(), _method(method, 6)
+    data, experiment = digits.load(), _method(method, 6, comparisons)
     curve = ours.run(experiment, data, 0, lambda steps: None)
     assert drawn
     other = theirs.run(experiment, data, 0, lambda steps: None)
@@ -259,7 +304,7 @@ def test_a_missing_package_is_named(
 
     monkeypatch.setattr(importlib, "import_module", missing)
     assert demo.main(["--framework", framework]) == 2
-    extras = {"tensorflow": "demo", "torch": "demo,torch", "jax": "demo,flax"}[framework]
+    extras = {"tensorflow": "demo", "torch": "demo,torch", "jax": "demo,flax", "keras": "demo,keras"}[framework]
     assert capsys.readouterr().err == f'batchnorm demo needs {words}: pip install "batchnorm[{extras}]"\n'
 
 
@@ -270,6 +315,11 @@ def test_other_import_errors_are_not_hidden(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(importlib, "import_module", missing)
     with pytest.raises(ModuleNotFoundError, match="other"):
         demo.main([])
+
+
+def test_a_backend_is_for_keras(capsys: pytest.CaptureFixture[str]) -> None:
+    assert demo.main(["--framework", "torch", "--backend", "jax"]) == 2
+    assert "--backend is for --framework keras; received torch" in capsys.readouterr().err
 
 
 def test_an_output_in_no_folder_is_refused_before_the_work(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from .processes import outputs
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [
@@ -16,7 +19,11 @@ DOCUMENTS = [
     *sorted(ROOT.glob("docs/*.md")),
 ]
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
+KERAS = "ignore:__array__ implementation doesn't:DeprecationWarning"
+"""What it says while it makes NumPy's arrays of tensors."""
 LANGUAGES = {"python", "sh", "text"}
+PROGRAM = re.compile(r"# (\w+\.py)$")
+"""The first line of a block that is a file of its own; the commands of the document run it."""
 
 
 def blocks(text: str) -> list[tuple[str, int, list[str]]]:
@@ -34,11 +41,23 @@ def blocks(text: str) -> list[tuple[str, int, list[str]]]:
     return found
 
 
+def programs(text: str) -> dict[str, str]:
+    """The files of a document by name."""
+    python = (block for language, _, block in blocks(text) if language == "python")
+    return {match[1]: "\n".join(block) for block in python if (match := PROGRAM.match(block[0]))}
+
+
+def commands(text: str) -> list[str]:
+    """What the document runs its programs by."""
+    lines = (line for language, _, block in blocks(text) if language == "sh" for line in block)
+    return [line for line in lines if any(name in line for name in programs(text))]
+
+
 def script(text: str) -> str:
-    """The Python of a document, each line where it is in the document, so that errors name it."""
+    """The Python of a document that is no file of its own, each line where it is, so that errors name it."""
     lines: list[str] = []
     for language, before, block in blocks(text):
-        if language == "python":
+        if language == "python" and not PROGRAM.match(block[0]):
             lines += [""] * (before - len(lines)) + block
     return "\n".join(lines)
 
@@ -59,6 +78,13 @@ def test_there_is_documentation_with_python_in_it() -> None:
     assert with_python >= {"README.md", "mathematics.md", "dialects.md", "deviations.md"}
 
 
+def test_every_program_of_a_document_is_run() -> None:
+    for path in DOCUMENTS:
+        text = path.read_text(encoding="utf-8")
+        for name in programs(text):
+            assert any(name in command for command in commands(text)), f"{path.name}: {name}"
+
+
 def test_a_script_has_its_lines_where_the_document_has_them() -> None:
     text = "# Title\n\n```python\nx = 1\n```\n\n```sh\nexit 1\n```\n\n```python\ny = x\n1 / 0\n```\n"
     assert script(text).splitlines() == ["", "", "", "x = 1", "", "", "", "", "", "", "", "y = x", "1 / 0"]
@@ -76,7 +102,7 @@ def test_python_runs_as_printed(path: Path, tmp_path: Path) -> None:
     file = tmp_path / f"example_{path.stem}.py"  # and not by a name that others import
     file.write_text(code, encoding="utf-8")
     done = subprocess.run(
-        [sys.executable, "-W", "error", file],
+        [sys.executable, "-W", "error", "-W", KERAS, file],
         capture_output=True,
         text=True,
         cwd=tmp_path,
@@ -84,6 +110,17 @@ def test_python_runs_as_printed(path: Path, tmp_path: Path) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+COMMANDS = [(path, command) for path in DOCUMENTS for command in commands(path.read_text(encoding="utf-8"))]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("path", "command"), COMMANDS, ids=lambda value: getattr(value, "name", value))
+def test_commands_run_programs_as_printed(path: Path, command: str, tmp_path: Path) -> None:
+    for name, program in programs(path.read_text(encoding="utf-8")).items():
+        (tmp_path / name).write_text(program + "\n", encoding="utf-8")
+    outputs(shlex.split(command), cwd=tmp_path, env={"PYTHONWARNINGS": "error"})
 
 
 @by_name

@@ -185,6 +185,50 @@ def test_merged_parts_have_the_moments_of_the_whole(xp: Arrays, name: str, sprea
     near(xp, merged.square_count, whole[3])
 
 
+TOTALS = [name for name in PARTS if "by feature" not in name]  # replicas have one count for all features
+
+
+@pytest.mark.parametrize("shape", [(3,), (1, 3, 1)], ids=str)
+@pytest.mark.parametrize("name", TOTALS)
+def test_totals_of_parts_add_up_to_the_moments_of_the_whole(xp: Arrays, name: str, shape: tuple[int, ...]) -> None:
+    sizes, weights = PARTS[name]
+    parts, whole = split_moments(5.0 + drawn(24, 3, seed=11), weights, sizes)
+
+    def moments(part: int) -> Moments:
+        mean, variance, count, squares = (xp.array(value[part].reshape(shape)) for value in parts)
+        if (weights == 1).all():
+            return Moments(mean, variance, sizes[part])
+        one = (slice(0, 1),) * len(shape)
+        return Moments(mean - 0.25, variance, count[one], 0.25, squares[one])
+
+    total = xp.array(np.zeros(8))
+    for part in range(len(sizes)):
+        total = total + algebra.totals(xp.namespace, moments(part), xp.array(0.0).dtype)
+    merged = algebra.from_totals(xp.namespace, total, shape, total.dtype)
+    near(xp, merged.mean + merged.rest, whole[0].reshape(shape))
+    near(xp, merged.variance, whole[1].reshape(shape))
+    near(xp, merged.count, whole[2][0, :1])
+    near(xp, merged.square_count, whole[3][0, :1])
+
+
+def test_totals_in_float64_leave_float32_moments_right_where_the_mean_is_large_beside_the_spread(xp: Arrays) -> None:
+    sizes, weights = PARTS["of several sizes"]
+    x = np.random.default_rng(0).normal(1e4, 1.0, (24, 3))
+    parts, whole = split_moments(x, weights, sizes)
+    double, single = xp.array(0.0).dtype, xp.array(np.float32(0)).dtype
+    total = xp.array(np.zeros(8))
+    for part, size in enumerate(sizes):
+        mean = parts[0][part].astype(np.float32)
+        rest, variance = (parts[0][part] - mean).astype(np.float32), parts[1][part].astype(np.float32)
+        moments = Moments(xp.array(mean), xp.array(variance), size, xp.array(rest))
+        total = total + algebra.totals(xp.namespace, moments, double)
+    merged = algebra.from_totals(xp.namespace, total, (3,), single)
+    assert merged.mean.dtype == merged.variance.dtype == merged.rest.dtype == merged.count.dtype == single
+    mean, rest = (xp.numpy(value).astype(np.float64) for value in (merged.mean, merged.rest))
+    np.testing.assert_allclose(mean + rest, whole[0][0], rtol=1e-10)
+    np.testing.assert_allclose(xp.numpy(merged.variance), whole[1][0], rtol=1e-6)
+
+
 def test_parts_of_as_many_values_are_merged_by_a_number(xp: Arrays) -> None:
     parts, whole = split_moments(drawn(24, 3), np.ones((24, 3)), [6] * 4)
     merged = algebra.merge(xp.namespace, Moments(xp.array(parts[0]), xp.array(parts[1]), 6), 0)

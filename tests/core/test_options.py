@@ -80,7 +80,7 @@ for _name in ("momentum", "renorm_momentum", "epsilon"):
         (_name, [0.9], TypeError),
         (_name, np.array([0.9]), TypeError),
     ]
-for _name in ("center", "scale", "renorm", "fused", "cumulative", "skip_nonfinite"):
+for _name in ("center", "scale", "renorm", "fused", "cumulative", "skip_nonfinite", "synchronized"):
     BAD += [
         (_name, "True", TypeError),
         (_name, 2, TypeError),
@@ -89,7 +89,7 @@ for _name in ("center", "scale", "renorm", "fused", "cumulative", "skip_nonfinit
         (_name, [], TypeError),
         (_name, np.array([True]), TypeError),
     ]
-for _name in ("center", "scale", "renorm", "cumulative", "skip_nonfinite"):
+for _name in ("center", "scale", "renorm", "cumulative", "skip_nonfinite", "synchronized"):
     BAD.append((_name, None, TypeError))
 
 
@@ -134,6 +134,11 @@ def test_adjustment_and_virtual_batches_exclude_each_other_and_both_are_named() 
     assert repr(two) in str(caught.value)
 
 
+def test_synchronized_statistics_and_virtual_batches_exclude_each_other_and_both_are_named() -> None:
+    with pytest.raises(ValueError, match=r"synchronized.*synchronized=True.*virtual_batch_size=6"):
+        Options(synchronized=True, virtual_batch_size=6)
+
+
 def test_every_option_has_a_bad_value_in_the_table() -> None:
     refused = {FIELDS.get(name, name) for name, _, _ in BAD}
     assert refused == set(Options.__dataclass_fields__)
@@ -158,7 +163,7 @@ def test_an_axis_is_kept_as_python_ints(axis: Any, kept: Any) -> None:
         assert type(axis) is int
 
 
-@pytest.mark.parametrize("name", ["center", "scale", "renorm", "fused", "cumulative", "skip_nonfinite"])
+@pytest.mark.parametrize("name", ["center", "scale", "renorm", "fused", "cumulative", "skip_nonfinite", "synchronized"])
 @pytest.mark.parametrize("value", [True, False, 1, 0, np.True_, np.False_, np.int64(1), np.uint8(0)])
 def test_a_flag_is_kept_as_a_python_bool(name: str, value: Any) -> None:
     assert getattr(options(name, value), name) is bool(value)

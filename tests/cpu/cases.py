@@ -46,6 +46,10 @@ class View(NamedTuple):
     def parameters(self) -> int:
         return self.groups * self.features if self.grouped_parameters else self.features
 
+    @property
+    def virtual_batches(self) -> int:
+        return 1 if self.grouped_parameters else self.groups
+
 
 def kernel(view: View, dtype: np.dtype[Any], epsilon: float = EPSILON) -> Any:
     return library.Kernel(**view._asdict(), dtype=dtype.name, epsilon=epsilon)

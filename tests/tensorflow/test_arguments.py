@@ -37,6 +37,7 @@ BAD: list[tuple[str, Any, type[Exception]]] = [
     ("virtual_batch_size", 0, ValueError),
     ("adjustment", 1.0, TypeError),
     ("name", 3, TypeError),
+    ("synchronized", "True", TypeError),
 ]
 
 

@@ -159,6 +159,8 @@ BAD: dict[str, tuple[Any, type[Exception]]] = {
     "adjustment": (1.0, TypeError),
     "fused": ("True", TypeError),
     "skip_nonfinite": ("True", TypeError),
+    "synchronized": ("True", TypeError),
+    "process_group": ("gloo", TypeError),
 }
 
 

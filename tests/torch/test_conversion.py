@@ -209,7 +209,7 @@ class Subclass(nn.BatchNorm2d):
 
 @pytest.mark.parametrize(
     "layer",
-    [Subclass(3), nn.SyncBatchNorm(3), nn.LazyBatchNorm2d(), nn.InstanceNorm2d(3, affine=True), nn.GroupNorm(1, 3)],
+    [Subclass(3), nn.LazyBatchNorm2d(), nn.InstanceNorm2d(3, affine=True), nn.GroupNorm(1, 3)],
     ids=lambda layer: type(layer).__name__,
 )
 @pytest.mark.filterwarnings("ignore:Batch normalization layers that were not converted:UserWarning")
@@ -219,6 +219,36 @@ def test_other_layers_are_left_as_they_are(layer: nn.Module) -> None:
     assert model[0][0] is layer
     assert type(model[1]) is ours.BatchNorm2d
     assert convert(layer) is layer
+
+
+@pytest.mark.parametrize("shape", [(6, 3), (6, 3, 4), (6, 3, 2, 2)], ids=str)
+@pytest.mark.parametrize("options", [{}, {"renorm": True}, {"virtual_batch_size": 2, "synchronized": False}], ids=str)
+def test_torch_s_synchronized_layer_is_converted_for_any_rank_and_reverted(
+    options: dict[str, Any], shape: tuple[int, ...]
+) -> None:
+    theirs = nn.SyncBatchNorm(3, eps=1e-3, momentum=0.3)
+    theirs.process_group = None
+    model: Any = convert(nn.Sequential(theirs), **options)
+    assert type(model[0]) is ours.BatchNorm
+    assert model[0].axis == 1
+    assert model[0].synchronized is options.get("synchronized", True)
+    assert (model[0].eps, model[0].momentum) == (1e-3, 0.3)
+    assert model[0].weight is theirs.weight
+    assert model[0](torch.randn(shape)).shape == shape  # without a process group as any other layer
+    if not model[0].synchronized:
+        with pytest.warns(UserWarning, match=r"not reverted: 0 \(BatchNorm\)"):
+            revert(model)
+        return
+    reverted: Any = revert(model)[0]  # type: ignore[index]
+    assert type(reverted) is nn.SyncBatchNorm
+    assert vars(reverted).keys() == vars(theirs).keys()
+    assert reverted.running_var is model[0].running_var
+
+
+def test_a_synchronized_layer_of_a_rank_is_reverted_to_that_of_the_rank() -> None:
+    model: Any = convert(nn.Sequential(nn.BatchNorm2d(3)), synchronized=True)
+    assert model[0].synchronized
+    assert type(revert(model)[0]) is nn.BatchNorm2d  # type: ignore[index]
 
 
 # --- training goes on ---
@@ -468,10 +498,9 @@ class Rectified(nn.BatchNorm2d):
     ("left", "message"),
     [
         (lambda: Rectified(4), r"not converted: 0 \(Rectified\)\.$"),
-        (lambda: nn.SyncBatchNorm(4), r"not converted: 0 \(SyncBatchNorm\)\.$"),
         (nn.LazyBatchNorm2d, r"not converted: 0 \(LazyBatchNorm2d\); lazy layers can be converted after"),
     ],
-    ids=["a subclass", "SyncBatchNorm", "lazy"],
+    ids=["a subclass", "lazy"],
 )
 @pytest.mark.filterwarnings("ignore:Lazy modules are:UserWarning")
 def test_what_is_not_converted_is_named(left: Any, message: str) -> None:

@@ -6,6 +6,7 @@ here is as small as the statistics, unless an adjustment varies within a feature
 
 from __future__ import annotations
 
+import math
 from collections.abc import Container, Mapping
 from typing import Any, NamedTuple, Protocol
 
@@ -26,6 +27,7 @@ __all__ = [
     "divisor",
     "finite",
     "fold",
+    "from_totals",
     "gradient_map",
     "inference_variance",
     "merge",
@@ -35,6 +37,7 @@ __all__ = [
     "reshaped",
     "stddev",
     "step",
+    "totals",
     "unbiased_variance",
 ]
 
@@ -174,6 +177,43 @@ def merge(xp: Namespace, moments: Moments, axis: int) -> Moments:
     merged = Moments.near(*_average(xp, moments, axis, share), 0, count, squares)
     apart = (moments.mean - merged.mean) + (moments.rest - merged.rest)
     return merged._replace(variance=xp.sum((moments.variance + apart * apart) * share, axis=axis, keepdims=True))
+
+
+def totals(xp: Namespace, moments: Moments, dtype: Any) -> Array:
+    """What replicas add up: Σw, Σw², and by feature n·m and n·(v + m²), along one axis; see `from_totals`.
+
+    The second and third are about 0, and not about some mean, since no replica knows another's. So the type must be a
+    wide one: in float64 the variance has a relative error of 10⁻¹⁶·(m/σ)², in float32 it would be lost.
+
+    Args:
+        xp: The array namespace.
+        moments: One replica's, of as many values for each feature; of none, with m and v 0.
+        dtype: The type to add up in.
+    """
+    mean = xp.reshape(xp.astype(moments.mean, dtype) + xp.astype(moments.rest, dtype), (-1,))
+    variance = xp.reshape(xp.astype(moments.variance, dtype), (-1,))
+    one = xp.ones_like(mean[:1])
+    squares = moments.count if moments.square_count is None else moments.square_count
+    count, squares = (
+        one * value if is_number(value) else xp.reshape(xp.astype(value, dtype), (-1,))[:1]
+        for value in (moments.count, squares)
+    )
+    return xp.concat([count, squares, count * mean, count * (variance + mean * mean)], axis=0)
+
+
+def from_totals(xp: Namespace, totals: Array, shape: tuple[int, ...], dtype: Any) -> Moments:
+    """The moments of all replicas' values together, in a shape and a type, from the sum of their `totals`."""
+    features = math.prod(shape)
+    count = totals[:1]
+    first, second = totals[2 : 2 + features] / divisor(xp, count), totals[2 + features :] / divisor(xp, count)
+    mean = xp.astype(first, dtype)
+    return Moments(
+        xp.reshape(mean, shape),
+        xp.reshape(xp.astype(xp.maximum(second - first * first, 0), dtype), shape),
+        xp.astype(count, dtype),
+        xp.reshape(xp.astype(first - xp.astype(mean, totals.dtype), dtype), shape),
+        xp.astype(totals[1:2], dtype),
+    )
 
 
 def _shares(xp: Namespace, moments: Moments, axis: int) -> tuple[Any, Any]:

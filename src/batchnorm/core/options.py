@@ -159,6 +159,8 @@ class Options:
         cumulative: Whether the moving averages are plain averages of all batches, in the place of `decay`.
         skip_nonfinite: Whether features whose moments are not finite keep their averages in that step. Not with
             `cumulative`, as one number of batches cannot serve features that skip apart.
+        synchronized: Whether the moments are those of all replicas' values together. Not with virtual batches, which
+            are parts of what one replica has.
 
     Raises:
         TypeError: For an argument of the wrong type.
@@ -184,6 +186,7 @@ class Options:
     adjustment: Callable[[Any], tuple[Any, Any]] | None = None
     cumulative: bool = False
     skip_nonfinite: bool = False
+    synchronized: bool = False
 
     @property
     def rate(self) -> Any:
@@ -203,7 +206,7 @@ class Options:
         put("decay", weight("momentum", self.decay))
         put("epsilon", small_number("epsilon", self.epsilon))
         put("renorm_decay", weight("renorm_momentum", self.renorm_decay))
-        for name in ("center", "scale", "renorm", "cumulative", "skip_nonfinite"):
+        for name in ("center", "scale", "renorm", "cumulative", "skip_nonfinite", "synchronized"):
             put(name, flag(name, getattr(self, name)))
         if self.fused is not None:
             put("fused", flag("fused", self.fused))
@@ -215,6 +218,11 @@ class Options:
             if size < 1:
                 raise ValueError(f"virtual_batch_size must be None or at least 1; {received(size)}.")
             put("virtual_batch_size", size)
+            if self.synchronized:
+                raise ValueError(
+                    f"synchronized and virtual_batch_size cannot be used together; received synchronized=True and "
+                    f"virtual_batch_size={size}."
+                )
         if self.adjustment is not None and not callable(self.adjustment):
             raise TypeError(
                 f"adjustment must be None or a function from a shape to a pair (scale, bias); "

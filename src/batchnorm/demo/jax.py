@@ -81,7 +81,9 @@ class _Network(nnx.Module):
                 )
             )
             if normalization is not None:
-                norms.append(BatchNorm(channels, **_options(experiment, rngs), rngs=rngs))
+                options = _options(experiment, rngs)
+                apart = normalization.replicas
+                norms.append(_Apart(apart, channels, options) if apart else BatchNorm(channels, **options))
             features = channels
         self.convolutions, self.norms = nnx.List(convolutions), nnx.List(norms)
         self.head = nnx.Linear(features, 10, kernel_init=nnx.initializers.glorot_normal(), rngs=rngs)
@@ -93,6 +95,20 @@ class _Network(nnx.Module):
                 x = self.norms[at](x, use_running_average=not training)
             x = nnx.relu(x)
         return self.head(x.mean((1, 2)))
+
+
+class _Apart(nnx.Module):
+    """Normalization of the samples of each replica by themselves, with one scale and bias for all."""
+
+    def __init__(self, replicas: int, channels: int, options: dict[str, Any]) -> None:
+        self.replicas = replicas
+        self.norm = BatchNorm((replicas, channels), axis=(1, -1), use_scale=False, use_bias=False, **options)
+        self.scale, self.bias = nnx.Param(jnp.ones(channels)), nnx.Param(jnp.zeros(channels))
+
+    def __call__(self, x: Any, use_running_average: bool) -> Any:
+        shares = x.reshape(-1, self.replicas, *x.shape[1:])
+        y = self.norm(shares, use_running_average=use_running_average)
+        return (y * self.scale[...] + self.bias[...]).reshape(x.shape)
 
 
 class _Adjust(nnx.Module):
@@ -113,6 +129,7 @@ def _options(experiment: Experiment, rngs: nnx.Rngs) -> dict[str, Any]:
         "epsilon": EPSILON,
         "momentum": normalization.momentum,
         "virtual_batch_size": normalization.virtual_batch_size,
+        "rngs": rngs,
     }
     if normalization.clips is not None:
         options |= {"renorm": True, "renorm_clipping": _schedule(normalization.clips, experiment.steps)}

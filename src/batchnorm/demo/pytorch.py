@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -10,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from batchnorm.torch import BatchNorm2d
+from batchnorm.torch import BatchNorm, BatchNorm2d
 
 from .digits import SAMPLERS, Digits, Samples
 from .experiments import CONVOLUTIONS, Clips, Curve, Experiment
@@ -36,7 +37,7 @@ def run(experiment: Experiment, digits: Digits, seed: int, progress: Callable[[i
     # With one thread each, sums are always taken in the same order, and several runs share the processors well.
     torch.set_num_threads(1)
     generator = torch.Generator().manual_seed(seed)  # PyTorch's own is shared by the runs beside this one
-    model = _network(_options(experiment, generator))
+    model = _network(_normalization(experiment, generator))
     _initialize(model, generator)
     optimizer = torch.optim.SGD(model.parameters(), experiment.learning_rate)
     images, labels = _tensors(digits.train)
@@ -66,8 +67,8 @@ def _tensors(samples: Samples) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(samples.images).movedim(-1, 1).contiguous(), torch.from_numpy(samples.labels)
 
 
-def _network(options: dict[str, Any] | None) -> nn.Sequential:
-    """Logits of images. With no options there are biases instead of normalization."""
+def _network(normalization: Callable[[int], nn.Module] | None) -> nn.Sequential:
+    """Logits of images. With None there are biases instead of normalization."""
     layers: list[nn.Module] = []
     features = 1
     for channels, stride in CONVOLUTIONS:
@@ -76,9 +77,9 @@ def _network(options: dict[str, Any] | None) -> nn.Sequential:
         else:  # as TensorFlow pads an even size: at the end only
             layers.append(nn.ZeroPad2d((0, 1, 0, 1)))
             padding = 0
-        layers.append(nn.Conv2d(features, channels, 3, stride, padding, bias=options is None))
-        if options is not None:
-            layers.append(BatchNorm2d(channels, **options))
+        layers.append(nn.Conv2d(features, channels, 3, stride, padding, bias=normalization is None))
+        if normalization is not None:
+            layers.append(normalization(channels))
         layers.append(nn.ReLU())
         features = channels
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(features, 10))
@@ -96,8 +97,23 @@ def _initialize(model: nn.Module, generator: torch.Generator) -> None:
                 nn.init.zeros_(layer.bias)
 
 
-def _options(experiment: Experiment, generator: torch.Generator) -> dict[str, Any] | None:
-    """Arguments of `BatchNorm2d`, or None for a network without it."""
+class _Apart(nn.Module):
+    """Normalization of the samples of each replica by themselves, with one scale and offset for all."""
+
+    def __init__(self, replicas: int, channels: int, options: dict[str, Any]) -> None:
+        super().__init__()
+        self.replicas = replicas
+        self.norm = BatchNorm((replicas, channels), axis=(1, 2), affine=False, **options)
+        self.weight, self.bias = nn.Parameter(torch.ones(channels)), nn.Parameter(torch.zeros(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        shares = x.reshape(-1, self.replicas, *x.shape[1:])
+        y: Tensor = self.norm(shares) * self.weight[:, None, None] + self.bias[:, None, None]
+        return y.flatten(0, 1)
+
+
+def _normalization(experiment: Experiment, generator: torch.Generator) -> Callable[[int], nn.Module] | None:
+    """A function of the channels to a normalization layer, or None for a network without it."""
     normalization = experiment.normalization
     if normalization is None:
         return None
@@ -118,7 +134,9 @@ def _options(experiment: Experiment, generator: torch.Generator) -> dict[str, An
         options["adjustment"] = lambda shape: tuple(
             torch.empty(shape[1], 1, 1).uniform_(*ends, generator=generator) for ends in ranges
         )
-    return options
+    if normalization.replicas is not None:
+        return functools.partial(_Apart, normalization.replicas, options=options)
+    return functools.partial(BatchNorm2d, **options)
 
 
 def _schedule(clips: Clips, steps: int) -> Callable[[Tensor], dict[str, float]]:

@@ -28,6 +28,8 @@ COLOURS: Mapping[str, str] = MappingProxyType(
         "batch renorm": "#d55e00",
         "virtual batches of 16": "#009e73",
         "adjustment": "#aa4499",
+        "synchronized": "#009e73",
+        "synchronized renorm": "#aa4499",
     }
 )
 """One for each method, told apart also by the colour-blind (Okabe and Ito; Tol)."""
@@ -205,7 +207,7 @@ def draw(results: Sequence[Result], path: Path) -> None:
         axes.set_visible(False)
     seeds = len(results[0].outcomes[0].curves)
     figure.supxlabel(
-        f"Lines: mean of {seeds} seeds (at the top right, median). Bands: lowest to highest. Dots: single runs."
+        f"Lines: mean of {seeds} seeds (by learning rate, median). Bands: lowest to highest. Dots: single runs."
         if seeds > 1
         else "Single runs.",
         fontsize=8,

@@ -38,7 +38,7 @@ def run(experiment: Experiment, digits: Digits, seed: int, progress: Callable[[i
         rmax = v1.placeholder_with_default(1.0, [], name="rmax")
         dmax = v1.placeholder_with_default(0.0, [], name="dmax")
 
-        logits = _network(x, training, _options(experiment, rmax, dmax))
+        logits = _network(x, _normalize(experiment, training, rmax, dmax))
         loss = tf.reduce_mean(tf.nn.sparse_softmax_cross_entropy_with_logits(labels=labels, logits=logits))
         accuracy = tf.reduce_mean(tf.cast(tf.equal(tf.argmax(logits, axis=1), labels), tf.float32))
         descent = v1.train.GradientDescentOptimizer(experiment.learning_rate).minimize(loss)
@@ -67,16 +67,16 @@ def run(experiment: Experiment, digits: Digits, seed: int, progress: Callable[[i
     return Curve(*zip(*curve, strict=True))
 
 
-def _network(x: Any, training: Any, options: dict[str, Any] | None) -> Any:
-    """Logits of images. With no options there are biases instead of normalization."""
+def _network(x: Any, normalize: Callable[[Any], Any] | None) -> Any:
+    """Logits of images. With None there are biases instead of normalization."""
     for index, (channels, stride) in enumerate(CONVOLUTIONS, start=1):
         with v1.variable_scope(f"convolution_{index}"):
             kernel = v1.get_variable("kernel", [3, 3, x.shape[-1], channels], initializer=v1.initializers.he_normal())
             x = tf.nn.conv2d(x, kernel, strides=stride, padding="SAME")
-            if options is None:
+            if normalize is None:
                 x = tf.nn.bias_add(x, v1.get_variable("bias", [channels], initializer=v1.initializers.zeros()))
             else:
-                x = batch_normalization(x, training=training, fused=True, **options)
+                x = normalize(x)
             x = tf.nn.relu(x)
     x = tf.reduce_mean(x, axis=[1, 2])
     with v1.variable_scope("dense"):
@@ -84,12 +84,14 @@ def _network(x: Any, training: Any, options: dict[str, Any] | None) -> Any:
         return tf.matmul(x, kernel) + v1.get_variable("bias", [10], initializer=v1.initializers.zeros())
 
 
-def _options(experiment: Experiment, rmax: Any, dmax: Any) -> dict[str, Any] | None:
-    """Arguments of `batch_normalization`, or None for a network without it."""
+def _normalize(experiment: Experiment, training: Any, rmax: Any, dmax: Any) -> Callable[[Any], Any] | None:
+    """Normalization as an experiment has it, or None for a network without it."""
     normalization = experiment.normalization
     if normalization is None:
         return None
     options: dict[str, Any] = {
+        "training": training,
+        "fused": True,
         "momentum": normalization.momentum,
         "virtual_batch_size": normalization.virtual_batch_size,
     }
@@ -105,4 +107,15 @@ def _options(experiment: Experiment, rmax: Any, dmax: Any) -> dict[str, Any] | N
             tf.random.uniform(shape[-1:], *scale),
             tf.random.uniform(shape[-1:], *bias),
         )
-    return options
+    replicas = normalization.replicas
+    if replicas is None:
+        return lambda x: batch_normalization(x, **options)
+
+    def apart(x: Any) -> Any:
+        shares = tf.reshape(x, [-1, replicas, *x.shape[1:]])
+        y = batch_normalization(shares, axis=[1, -1], center=False, scale=False, **options)
+        gamma = v1.get_variable("gamma", [x.shape[-1]], initializer=v1.initializers.ones())
+        beta = v1.get_variable("beta", [x.shape[-1]], initializer=v1.initializers.zeros())
+        return tf.reshape(y * gamma + beta, [-1, *x.shape[1:]])
+
+    return apart

@@ -104,11 +104,9 @@ def train(
             weights=weights,
             unbiased=fusible,
         )
-        if weights is not None:
-            count = trained.averaged.count
         y, averaged, read_first = tf.cast(trained.y, x.dtype), trained.averaged, trained.correction or ()
     with tf.control_dependencies(read_first):  # r and d are of the averages before this step
-        averaged = algebra.reshaped(xp, averaged._replace(count=count), plan.parameter_shape)
+        averaged = algebra.reshaped(xp, averaged, plan.parameter_shape)
     return y, averaged, kernel
 
 

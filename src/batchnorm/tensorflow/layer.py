@@ -23,6 +23,7 @@ from . import compute
 from . import namespace as xp
 from .base import InputSpec, Layer
 from .serialization import get, serialize
+from .synchronized import check, has_replicas, merge
 
 __all__ = ["BatchNorm", "BatchNormalization", "batch_norm", "batch_normalization"]
 
@@ -93,6 +94,10 @@ class BatchNormalization(Layer):
         adjustment: Function of the (dynamic) shape of the input to a pair (scale, bias), called in training only; a
             and b above. Both must broadcast to the input. Cannot be used with `virtual_batch_size`.
         name: Name of the layer.
+        synchronized: Whether m and v are those of the values of all replicas of ``tf.distribute`` together, by one
+            collective forward and one backward; the averages move to them on each. Replicas may have different numbers
+            of samples, and none. All must call the layer, equally often. Outside of ``strategy.run`` it means nothing;
+            within, it needs eager execution or ``tf.function``. Cannot be used with `virtual_batch_size`.
         **kwargs: As for `Layer`: ``dtype``, ``_scope``, ``_reuse`` and others.
 
     Raises:
@@ -140,6 +145,8 @@ class BatchNormalization(Layer):
         virtual_batch_size: int | None = None,
         adjustment: Callable[[Any], tuple[Any, Any]] | None = None,
         name: str | None = None,
+        *,
+        synchronized: bool = False,
         **kwargs: Any,
     ) -> None:
         self._options = Options(
@@ -154,6 +161,7 @@ class BatchNormalization(Layer):
             fused=self._default_fused if fused is None else fused,
             virtual_batch_size=virtual_batch_size,
             adjustment=adjustment,
+            synchronized=synchronized,
         )
         functions = {
             "beta_initializer": beta_initializer,
@@ -186,6 +194,7 @@ class BatchNormalization(Layer):
     fused = _option("fused", "Whether a fused implementation was asked for.")
     virtual_batch_size = _option("virtual_batch_size", "Samples in each virtual batch.", shapes=True)
     adjustment = _option("adjustment", "The function that gives scale and bias in training.")
+    synchronized = _option("synchronized", "Whether the statistics are those of all replicas.")
 
     @property
     def axis(self) -> int | list[int]:
@@ -320,6 +329,8 @@ class BatchNormalization(Layer):
         inputs = tf.convert_to_tensor(inputs)
         if not inputs.dtype.is_floating:
             raise TypeError(f"inputs must be floating-point numbers; received dtype {inputs.dtype.name}.")
+        if self.synchronized:
+            check()
         plan = self._geometry or self._plan_for(inputs.shape)
         if inputs.shape.rank is None:
             raise ValueError(f"inputs must have rank {plan.rank}, as built for; received an unknown rank.")
@@ -355,10 +366,15 @@ class BatchNormalization(Layer):
             return self._infer(x)
         if training is True:
             self._plan.check_divides(x.shape[0])
-        # Outside of any conditional, so that what it makes can be used by others, as in the original.
+        # Outside of any conditional: what the adjustment makes can be used by others, as in the original, and replicas
+        # wait for each other whichever branch they take.
         adjustment, by_feature = self._adjust(x)
         measured = self._measured(x, mask)
         weights = None if mask is None or measured is not None else compute.weights(mask, x, self._plan)
+        merged = self.synchronized and has_replicas()
+        if merged:
+            own = measured or normalize.measure(xp, compute.view(x, self._plan), self._plan.reduced_axes, weights)
+            measured = merge(own)
         if training is True:
             y, moments, self.kernel = self._train(x, adjustment, by_feature, measured, weights)
         else:
@@ -375,7 +391,8 @@ class BatchNormalization(Layer):
 
             y, mean, variance, count = tf.cond(training, train, infer)
             self.kernel = served[-1]
-            moments = Moments(mean, variance, self._plan.whole.count(xp.shape(x)) if weights is None else count)
+            known = weights is None and not merged
+            moments = Moments(mean, variance, self._plan.whole.count(xp.shape(x)) if known else count)
         y.set_shape(inputs.shape)
         self._update(moments, None if training is True else training)
         return y
@@ -477,7 +494,7 @@ class BatchNormalization(Layer):
         masked = {"mask": None} if _accepts(self._moments, *arguments, keep_dims=keep_dims, mask=None) else {}
         moments = self._moments(*arguments, keep_dims=keep_dims, **masked)
         mean, variance = (value if keep_dims else tf.reshape(value, plan.view_shape) for value in moments)
-        return Moments(mean, variance, 1)
+        return Moments(mean, variance, xp.astype(plan.count(xp.shape(arguments[0])), mean.dtype))
 
     def _assign(self, variable: Any, value: Any, momentum: Any) -> Any:
         hook = self._assign_moving_average
@@ -535,6 +552,8 @@ class BatchNormalization(Layer):
             config["fused"] = self.fused
         if self.virtual_batch_size is not None:
             config["virtual_batch_size"] = self.virtual_batch_size
+        if self.synchronized:
+            config["synchronized"] = True
         if self.adjustment is not None:
             warnings.warn(
                 f"the adjustment of layer {self.name} is a function, and is left out of its configuration.",
@@ -568,6 +587,8 @@ def batch_normalization(  # noqa: D417 - the other arguments are those of the cl
     fused: bool | None = None,
     virtual_batch_size: int | None = None,
     adjustment: Callable[[Any], tuple[Any, Any]] | None = None,
+    *,
+    synchronized: bool = False,
 ) -> Any:
     """Make a `BatchNormalization` layer and apply it, for v1 graphs.
 
@@ -615,6 +636,7 @@ def batch_normalization(  # noqa: D417 - the other arguments are those of the cl
         trainable=trainable,
         virtual_batch_size=virtual_batch_size,
         adjustment=adjustment,
+        synchronized=synchronized,
         name=name,
         _reuse=reuse,
         _scope=name,

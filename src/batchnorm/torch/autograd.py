@@ -15,8 +15,9 @@ from batchnorm.core.normalize import Pair
 
 from . import cpu, layout
 from . import namespace as xp
-from .cpu import Averages, Static
+from .cpu import Averages, Replica, Static
 from .layout import wide
+from .synchronized import Replicas
 
 __all__ = ["composed", "flat", "forward", "second_derivatives", "shaped"]
 
@@ -32,8 +33,9 @@ def forward(
     static: Static,
     plan: Geometry,
     averages: Averages | None,
+    replicas: Replicas | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Normalize by the batch, and move the averages, if they are given as the kernels take them.
+    """Normalize by the batch, or by that of all replicas, and move the averages, if they are given.
 
     Returns:
         The output, the means and variances, [2][groups][parameters], and what counts in each group, [2][groups], where
@@ -51,6 +53,7 @@ def forward(
         static,
         plan,
         averages,
+        replicas,
         found,
     )
     return y, *found
@@ -72,11 +75,12 @@ class _Forward(Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
         x, weight, bias, scale, shift, renorm_mean, renorm_stddev, weights, limits, static, *rest = arguments
-        ctx.plan, averages, found = rest
+        ctx.plan, averages, ctx.replicas, found = rest
         pair = flat(x, ctx.plan, None if scale is None else (scale, shift))
         factor, offset = normalize.fold(xp, weight, bias, pair)
+        totals = None if ctx.replicas is None else ctx.replicas.totals(x, weights, static)
         y, moments, correction, counts = cpu.forward(
-            x, factor, offset, renorm_mean, renorm_stddev, weights, limits, static, averages
+            x, factor, offset, renorm_mean, renorm_stddev, weights, limits, static, averages, totals
         )
         found += (moments, counts)  # and not outputs, of which the graph would have to know
         ctx.static, ctx.folded = static, None if pair is None else (pair, factor, offset)
@@ -89,7 +93,7 @@ class _Forward(Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None) -> Any:
         if dy is None:
-            return (None,) * 13
+            return (None,) * 14
         x, weight, bias, scale, shift, moments, correction, weights, counts = ctx.saved_tensors
         further = torch.is_grad_enabled()
         if ctx.folded is None:
@@ -99,7 +103,17 @@ class _Forward(Function):
             factor, offset = normalize.fold(xp, weight, bias, pair)
         else:
             pair, factor, offset = ctx.folded
-        if cpu.is_plain(dy) and not layout.is_batched(dy):
+        plain = cpu.is_plain(dy) and not layout.is_batched(dy)
+        if ctx.replicas is not None:
+            if further or not plain:
+                dx, dfactor, doffset = ctx.replicas.differentiate_further(
+                    dy, x, factor, offset, correction, weights, ctx.static
+                )
+            else:
+                replica = Replica(x, factor, moments, correction, weights, counts, ctx.static)
+                wanted = ctx.needs_input_grad[0], factor is not None, offset is not None
+                dx, dfactor, doffset = ctx.replicas.differentiate(replica, dy, wanted)
+        elif plain:
             differentiate: Any = _Backward.apply if further else cpu.backward
             dx, dfactor, doffset = differentiate(
                 dy, x, factor, offset, moments, correction, weights, counts, ctx.static
@@ -113,7 +127,7 @@ class _Forward(Function):
         dweight, dbias = normalize.fold_gradient(xp, dfactor, doffset, weight, pair)
         return (
             dx, shaped(dweight, weight), shaped(dbias, bias), shaped(dscale, scale), shaped(dshift, shift),
-            None, None, None, None, None, None, None, None,
+            None, None, None, None, None, None, None, None, None,
         )  # fmt: skip
 
 

@@ -6,15 +6,25 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
 
 from batchnorm.core.geometry import Geometry
-from batchnorm.core.options import Options
+from batchnorm.core.options import Options, received
 from batchnorm.core.options import pair as checked_pair
 
 from . import layout
 
-__all__ = ["STATISTICS", "adjustment", "is_torch_s_mix", "misfit", "moved", "training_plan", "weights"]
+__all__ = [
+    "STATISTICS",
+    "adjustment",
+    "engine",
+    "is_torch_s_mix",
+    "misfit",
+    "moved",
+    "process_group",
+    "training_plan",
+    "weights",
+]
 
 Pair = tuple[Tensor, Tensor]
 STATISTICS = ("running_mean", "running_var", "renorm_mean", "renorm_stddev")
@@ -30,16 +40,42 @@ def is_torch_s_mix(x: Tensor, values: Iterable[Tensor | None]) -> bool:
 
 
 def training_plan(
-    x: Tensor, axes: tuple[int, ...], virtual_batch_size: int | None, eps: float, masked: bool
+    x: Tensor, axes: tuple[int, ...], virtual_batch_size: int | None, eps: float, single: bool
 ) -> tuple[Geometry, int]:
-    """Work out the geometry of a training step, and count the values of each feature in the smallest virtual batch."""
+    """Work out the geometry of a training step, and count the values of each feature in the smallest virtual batch.
+
+    Where a `single` one is no error here, it may be one of several of all replicas, or what a mask left.
+    """
     plan, count = layout.training_plan(x, axes, virtual_batch_size)
-    if count == 1 and not masked:
+    if count == 1 and not single:
         virtual = "" if virtual_batch_size is None else f" and virtual_batch_size={virtual_batch_size}"
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.size()}{virtual}")
     if eps <= 0:
         raise ValueError(f"batch_norm eps must be positive during training, but got {eps}")
     return plan, count
+
+
+def process_group(group: Any, synchronized: bool) -> None:
+    """Raise unless a process group is one that this process is in, and is wanted."""
+    if group is None:
+        return
+    if not distributed.is_available() or not isinstance(group, distributed.ProcessGroup):
+        raise TypeError(
+            f"process_group must be None or a torch.distributed.ProcessGroup that this process is a member of; "
+            f"{received(group)}."
+        )
+    if not synchronized:
+        raise ValueError(f"process_group must be None without synchronized=True; {received(group)}.")
+
+
+def engine(x: Tensor, backends: str) -> None:
+    """Raise unless a process group can send from the input's device; "cpu:gloo,cuda:nccl" are such backends."""
+    devices = [backend.partition(":")[0] for backend in backends.split(",")]
+    if x.device.type not in devices:
+        raise ValueError(
+            f"synchronized=True needs a process group with a backend for the input's device, {x.device}; received one "
+            f"for {backends}."
+        )
 
 
 def misfit(x: Tensor, axes: tuple[int, ...], values: dict[str, Tensor | None]) -> Exception | None:

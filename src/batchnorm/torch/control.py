@@ -16,6 +16,7 @@ from batchnorm.core.options import received
 
 from . import checks, layout
 from . import namespace as xp
+from . import synchronized as merging
 from .modules import Layer
 
 __all__ = ["freeze", "hold", "recalibrate", "unfreeze"]
@@ -131,7 +132,8 @@ def recalibrate(
     Meanwhile batch normalization layers normalize by the batch, and all other modules are as they are. Each layer puts
     together all values that it was given, however the batches divide them: its running mean is their mean m, its
     running variance v·n/(n − 1), or v with renorm, whose own averages become m and √(v + eps). Virtual batches are not
-    seen, and what is masked is not counted. The number of batches tracked stays, and so do frozen layers.
+    seen, and what is masked is not counted. The number of batches tracked stays, and so do frozen layers. Synchronized
+    layers put together the values of all replicas, which all call this with as many batches.
 
     For statistics of a copy whose parameters are an average, after a change of the data, or before quantization.
 
@@ -168,9 +170,10 @@ def recalibrate(
             handle.remove()
         for layer, mode in modes.items():
             layer.train(mode)
-    for layer, into in gathered.items():
-        if into.moments is not None:
-            _set(layer, into.moments)
+    together = {layer: _together(layer, into.moments) for layer, into in gathered.items()}
+    for layer, moments in together.items():
+        if moments is not None:
+            _set(layer, moments)
     return model
 
 
@@ -187,6 +190,18 @@ class _Gathered:
         weights = None if mask is None else checks.weights(mask, x, plan)
         exact = torch.float32 if x.device.type == "mps" else torch.float64  # MPS has no float64
         self.moments = normalize.gather(xp, self.moments, x.to(layout.wide(x)), plan, exact, weights)
+
+
+def _together(layer: Any, moments: Moments | None) -> Moments | None:
+    """The moments of all replicas, where a layer merges them, and some may have been given nothing."""
+    synchronized = isinstance(layer, nn.SyncBatchNorm) or getattr(layer, "synchronized", False)
+    replicas = merging.replicas(layer.running_mean, synchronized, getattr(layer, "process_group", None))
+    if replicas is None:
+        return moments
+    if moments is None:
+        nothing = torch.zeros_like(layer.running_mean, dtype=torch.float64)
+        moments = Moments(nothing, nothing, 0)
+    return replicas.merge(moments)
 
 
 def _set(layer: Any, moments: Moments) -> None:

@@ -27,6 +27,7 @@ OURS: dict[type[nn.Module], type[Layer]] = {
     nn.BatchNorm1d: BatchNorm1d,
     nn.BatchNorm2d: BatchNorm2d,
     nn.BatchNorm3d: BatchNorm3d,
+    nn.SyncBatchNorm: BatchNorm,
     **{layer: layer for layer in (BatchNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d)},
 }
 
@@ -40,10 +41,11 @@ def convert(module: nn.Module, **options: Any) -> nn.Module:
 
     Args:
         module: Model, changed in place, or a single layer. `torch.nn.BatchNorm1d`, `2d` and `3d` and the layers of this
-            package are replaced. Subclasses, which may have a forward of their own, lazy layers and
-            `torch.nn.SyncBatchNorm` are left as they are, with a warning that names them.
-        **options: renorm, renorm_clipping, renorm_momentum, virtual_batch_size, adjustment and fused, as in
-            `BatchNorm`. What is not named stays as it is in a layer of this package, and is at its default in others.
+            package are replaced, and `torch.nn.SyncBatchNorm` by a synchronized `BatchNorm`. Subclasses, which may have
+            a forward of their own, and lazy layers are left as they are, with a warning that names them.
+        **options: renorm, renorm_clipping, renorm_momentum, virtual_batch_size, adjustment, fused, skip_nonfinite,
+            synchronized and process_group, as in `BatchNorm`. What is not named stays as it is in a layer of this
+            package, and is at its default in others.
 
     Returns:
         The model; a new module if it is itself a batch normalization layer.
@@ -81,8 +83,9 @@ def revert(module: nn.Module) -> nn.Module:
     go, so that in training the layers are plain ones.
 
     Args:
-        module: Model, changed in place, or a single layer. `BatchNorm1d`, `2d` and `3d` are replaced. `BatchNorm`, for
-            which PyTorch has no layer, and subclasses are left as they are, with a warning that names them.
+        module: Model, changed in place, or a single layer. `BatchNorm1d`, `2d` and `3d` are replaced, and by
+            `torch.nn.SyncBatchNorm` a synchronized `BatchNorm` with ``axis=1``. Any other `BatchNorm`, for which
+            PyTorch has no layer, and subclasses are left as they are, with a warning that names them.
 
     Returns:
         The model; a new module if it is itself a layer.
@@ -99,9 +102,17 @@ def revert(module: nn.Module) -> nn.Module:
     if not isinstance(module, nn.Module):
         raise TypeError(f"module must be a torch.nn.Module; received {received(module)}.")
     named = {name: layer for name, layer in module.named_modules() if isinstance(layer, Layer)}
-    _warn("not reverted", {name: layer for name, layer in named.items() if type(layer) not in THEIRS})
-    reverted: nn.Module = _replace(module, {layer: _theirs(layer) for layer in named.values() if type(layer) in THEIRS})
+    _warn("not reverted", {name: layer for name, layer in named.items() if _their_class(layer) is None})
+    reverted: nn.Module = _replace(
+        module, {layer: _theirs(layer, theirs) for layer in named.values() if (theirs := _their_class(layer))}
+    )
     return reverted
+
+
+def _their_class(layer: Layer) -> type[nn.Module] | None:
+    if type(layer) is BatchNorm and layer.axis == 1 and layer.synchronized:
+        return nn.SyncBatchNorm
+    return THEIRS.get(type(layer))
 
 
 def _replace(module: nn.Module, replaced: dict[nn.Module, Any]) -> Any:
@@ -122,7 +133,8 @@ def _warn(what: str, left: dict[str, nn.Module]) -> None:
 
 
 def _wanted(layer: nn.Module, options: dict[str, Any]) -> dict[str, Any]:
-    given = {name: options.get(name, getattr(layer, name, default)) for name, default in OPTIONS.items()}
+    defaults = OPTIONS | {"synchronized": isinstance(layer, nn.SyncBatchNorm)}
+    given = {name: options.get(name, getattr(layer, name, default)) for name, default in defaults.items()}
     own = {name: getattr(layer, name) for name in ("eps", "momentum")}
     checked(given, axis=getattr(layer, "axis", 1), track_running_stats=layer.running_mean is not None, **own)
     return given
@@ -135,10 +147,12 @@ def _ours(layer: nn.Module, given: dict[str, Any]) -> Layer:
     return new
 
 
-def _theirs(layer: Layer) -> nn.Module:
-    new: nn.Module = _copied(layer, THEIRS[type(layer)])
-    for name in STATE:
+def _theirs(layer: Layer, kind: type[nn.Module]) -> nn.Module:
+    new: nn.Module = _copied(layer, kind)
+    for name in (*STATE, "axis"):
         new.__dict__.pop(name, None)
+    if kind is nn.SyncBatchNorm:
+        new.process_group = layer.process_group
     for name in RENORM:
         new._buffers.pop(name, None)
     return new

@@ -25,6 +25,7 @@ from .layout import wide
 __all__ = [
     "KERNEL",
     "Averages",
+    "Replica",
     "Static",
     "are_plain",
     "backward",
@@ -35,6 +36,7 @@ __all__ = [
     "move",
     "serves",
     "takes",
+    "totals",
 ]
 
 KERNEL = cpu.KERNEL
@@ -146,21 +148,26 @@ def forward(
     limits: Limits | None,
     static: Static,
     averages: Averages | None = None,
+    totals: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """Compute the output, the moments [2][groups][parameters], and r and d in one tensor; move the averages.
 
-    Where groups may differ in what counts in them, also Σw and Σw², [2][groups].
+    Where groups may differ in what counts in them, also Σw and Σw², [2][groups]. With the `totals` of all replicas the
+    moments and counts are theirs.
     """
     dtype = wide(x)
     x, view, kernel = layout.kernel(x, static.axes, static.virtual_batch_size, static.epsilon)
     y = torch.empty_like(x)
-    moments = torch.empty((2, view.virtual_batches, view.parameters), dtype=torch.float64, device=x.device)
-    mean, variance = _halves(moments)
-    factor, offset = _dense(factor, dtype), _dense(offset, dtype)  # which keeps them until the call has ended
     optional, weights = _weighed(weights, dtype)
     counts = correction = None
-    if weights is not None or static.virtual_batch_size is not None:
+    moments = torch.empty((2, view.virtual_batches, view.parameters), dtype=torch.float64, device=x.device)
+    if weights is not None or static.virtual_batch_size is not None or totals is not None:
         counts = torch.empty((2, view.virtual_batches), dtype=dtype, device=x.device)
+    if totals is not None:
+        optional["totals"] = _at("totals", totals)
+    mean, variance = _halves(moments)
+    factor, offset = _dense(factor, dtype), _dense(offset, dtype)  # which keeps them until the call has ended
+    if counts is not None:
         optional["count"], optional["square_count"] = _halves(counts)
     if renorm_mean is not None:
         correction = torch.empty((2, view.parameters), dtype=dtype, device=x.device)
@@ -220,8 +227,7 @@ def backward(
     """Compute the gradients of x, and of factor and offset where these are there, in one row each."""
     dtype = wide(x)
     x, view, kernel = layout.kernel(x, static.axes, static.virtual_batch_size, static.epsilon)
-    dy = dy if dy.stride() == x.stride() else torch.empty_like(x).copy_(dy)
-    dx = torch.empty_like(x)
+    dy, dx = _beside(dy, x), torch.empty_like(x)
     dfactor, doffset = (
         None if value is None else torch.empty(view.parameters, dtype=dtype, device=x.device)
         for value in (factor, offset)
@@ -240,6 +246,66 @@ def backward(
     return dx, dfactor, doffset
 
 
+# ---- Around the sums over replicas.
+
+
+def totals(x: Tensor, weights: Tensor | None, static: Static) -> Tensor:
+    """Measure what replicas add up, as `algebra.totals` in float64."""
+    x, view, kernel = layout.kernel(x, static.axes, None, static.epsilon)
+    found = torch.empty(2 + 2 * view.parameters, dtype=torch.float64, device=x.device)
+    optional, weights = _weighed(weights, wide(x))
+    optional.pop("zeroed", None)
+    kernel.totals_at(threads=torch.get_num_threads(), x=_at("x", x), totals=_at("totals", found), **optional)
+    return found
+
+
+class Replica(NamedTuple):
+    """What a replica's gradient is of: its input, and the moments, counts, r and d that `forward` gave."""
+
+    x: Tensor
+    factor: Tensor | None
+    moments: Tensor
+    correction: Tensor | None
+    weights: Tensor | None
+    counts: Tensor
+    static: Static
+
+    def totals_gradient(self, dy: Tensor, wanted: tuple[bool, bool]) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Compute what replicas add up, the gradient of the totals, and the gradients of factor and offset here."""
+        totals = torch.empty(2 + self.moments.numel(), dtype=torch.float64, device=dy.device)
+        dtype, parameters = wide(self.x), self.moments.numel() // 2
+        dfactor, doffset = (
+            torch.empty(parameters, dtype=dtype, device=dy.device) if wants else None for wants in wanted
+        )
+        self._call("totals_gradient_at", dy, totals, dfactor=_at("dfactor", dfactor), doffset=_at("doffset", doffset))
+        return totals, dfactor, doffset
+
+    def gradient(self, dy: Tensor, totals: Tensor) -> Tensor:
+        """Compute the gradient of x from the sum of those of the totals."""
+        dx = torch.empty_like(layout.kernel(self.x, self.static.axes, None, self.static.epsilon)[0])
+        self._call("totals_combine_at", dy, totals, dx=_at("dx", dx))
+        return dx
+
+    def _call(self, method: str, dy: Tensor, totals: Tensor, **others: int) -> None:
+        dtype = wide(self.x)
+        x, _, kernel = layout.kernel(self.x, self.static.axes, None, self.static.epsilon)
+        dy, factor = _beside(dy, x), _dense(self.factor, dtype)
+        mean, variance = _halves(self.moments)
+        r, d = _halves(self.correction)
+        optional, weights = _weighed(self.weights, dtype)
+        getattr(kernel, method)(
+            threads=torch.get_num_threads(), x=_at("x", x), dy=_at("dy", dy), mean=mean, variance=variance,
+            count=_at("counts", self.counts), factor=_at("factor", factor), r=r, d=d, totals=_at("totals", totals),
+            **others, **optional,
+        )  # fmt: skip
+        del weights  # kept until here
+
+
+def _beside(dy: Tensor, x: Tensor) -> Tensor:
+    """A gradient that lies in memory as x does."""
+    return dy if dy.stride() == x.stride() else torch.empty_like(x).copy_(dy)
+
+
 def limits(clipping: Clipping) -> Limits:
     """Read limits, of which some may be tensors."""
     rmin, rmax, dmax = (float(limit) for limit in clipping.limits)
@@ -252,7 +318,7 @@ def _dense(value: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 
 def _weighed(weights: Tensor | None, dtype: torch.dtype) -> tuple[dict[str, Any], Tensor | None]:
     """The arguments that say what counts, and the tensor that keeps their memory: booleans, or numbers of a type."""
-    if weights is None:
+    if weights is None or not weights.numel():
         return {}, None
     if weights.dtype == torch.bool:
         weights, name = weights.contiguous(), "mask"
@@ -265,7 +331,7 @@ def _at(name: str, value: Tensor | None) -> int:
     if value is None:
         return 0
     address = value.data_ptr()
-    if not address:  # which would count as an absent one
+    if not address and value.numel():  # which would count as an absent one
         raise RuntimeError(f"{name} has no memory; received a tensor of shape {tuple(value.shape)} without storage.")
     return address
 

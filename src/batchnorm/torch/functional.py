@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,12 +17,13 @@ from batchnorm.core.normalize import Renorm
 from batchnorm.core.options import Clipping, Options, received
 from batchnorm.core.options import weight as weight_of_new
 
-from . import autograd, checks, cpu, layout, operators
+from . import autograd, checks, cpu, layout, operators, synchronized
 from . import namespace as xp
 from .checks import Pair
 from .cpu import KERNEL, Averages, Static
+from .synchronized import Replicas
 
-__all__ = ["TORCH", "Limits", "Pair", "Result", "State", "batch_norm", "is_small", "normalize", "sequence_mask"]
+__all__ = ["TORCH", "Limits", "Pair", "Result", "State", "Step", "batch_norm", "is_small", "normalize", "sequence_mask"]
 
 Limits = Mapping[str, float | Tensor] | None
 
@@ -59,6 +60,8 @@ def batch_norm(
     fused: bool | None = None,
     mask: Tensor | None = None,
     skip_nonfinite: bool = False,
+    synchronized: bool = False,
+    process_group: Any = None,
 ) -> Tensor:
     """Normalize a batch, as `torch.nn.functional.batch_norm` does, with every option of `BatchNorm`.
 
@@ -89,6 +92,9 @@ def batch_norm(
         mask: What counts, one value for each position: booleans, or weights that are not negative; of the input's shape
             without the feature axes, or with size 1 on them. What weighs nothing is not looked at, and 0 in the output.
         skip_nonfinite: Whether a feature whose m or v is not finite keeps its averages.
+        synchronized: Whether m and v are those of all values in a process group of `torch.distributed`, if there is
+            one. All its processes call this, one with an empty batch too.
+        process_group: That group, or None for the default one.
 
     Returns:
         Tensor of the shape, type and memory format of `input`.
@@ -126,18 +132,18 @@ def batch_norm(
         adjustment=None if adjustment is None else lambda shape: adjustment,
         fused=fused,
         skip_nonfinite=skip_nonfinite,
+        synchronized=synchronized,
     )
+    checks.process_group(process_group, options.synchronized)
     return normalize(
         input,
         geometry.counted_axes(options.axis if isinstance(options.axis, int) else tuple(options.axis), input.shape),
         options,
         State(running_mean, running_var, renorm_mean, renorm_stddev, weight, bias),
+        Step(momentum, eps, options.renorm_clipping, renorm_momentum),
         training=training,
-        momentum=momentum,
-        eps=eps,
-        clipping=options.renorm_clipping,
-        renorm_momentum=renorm_momentum,
         mask=mask,
+        process_group=process_group,
     ).y
 
 
@@ -179,6 +185,19 @@ class State(NamedTuple):
         return dict(zip(checks.STATISTICS, self, strict=False))
 
 
+class Step(NamedTuple):
+    """The numbers of a step, as they are at this moment, and whether the averages move in training.
+
+    Where they do not, renorm corrects by its own as they stand.
+    """
+
+    momentum: float | Tensor
+    eps: float
+    clipping: Clipping
+    renorm_momentum: float
+    moves: bool = True
+
+
 class Result(NamedTuple):
     """What a call gives: the output, the name of the kernel that served, and whether an average has moved."""
 
@@ -192,29 +211,27 @@ def normalize(
     axes: tuple[int, ...],
     options: Options,
     state: State,
+    step: Step,
     *,
     training: bool,
-    momentum: float | Tensor,
-    eps: float,
-    clipping: Clipping,
-    renorm_momentum: float,
-    moves: bool = True,
     mask: Tensor | None = None,
+    process_group: Any = None,
 ) -> Result:
     """Normalize, and move what is to be moved. Nothing moves if anything is wrong.
 
-    Of `options` only what PyTorch's own layer does not have is read; the rest is given, as it is at this moment. Where
-    `moves` is false, no average moves in training; renorm corrects by its own as they stand.
+    Of `options` only what PyTorch's own layer does not have is read; the rest is in `step`.
     """
     x = layout.canonical(x)
+    momentum, eps, clipping, _, moves = step
     if not training:
         return _evaluate(x, axes, options, state, eps, mask)
+    replicas = synchronized.replicas(x, options.synchronized, process_group)
     traced, transformed = layout.is_traced(), layout.is_transformed()
     weight, bias = state.weight, state.bias
     running = state[:2] if moves else (None, None)
     size, renorm = options.virtual_batch_size, state.renorm_mean is not None
     plain = axes == (1,) and not renorm and size is None and options.adjustment is None
-    plain = plain and mask is None and not options.skip_nonfinite
+    plain = plain and mask is None and not options.skip_nonfinite and replicas is None
     if traced and layout.is_exported():
         if not plain or options.fused is False or torch.is_tensor(momentum):
             raise NotImplementedError(
@@ -230,12 +247,14 @@ def normalize(
             return Result(torch.nn.functional.batch_norm(x, *running, weight, bias, True, float(momentum), eps), TORCH)
         if wrong:
             raise wrong
-    plan, count = checks.training_plan(x, axes, size, eps, mask is not None)
+    plan, count = checks.training_plan(x, axes, size, eps, single=mask is not None or replicas is not None)
     weights = None if mask is None else checks.weights(mask, x, plan)
     adjustment, by_feature = (None, True) if options.adjustment is None else checks.adjustment(options, x, plan)
     if plain and not taken and not traced:  # PyTorch's operator would move a copy of such a view
         plain = not any(value is not None and value.is_neg() for value in state.averages.values())
-    able = by_feature and x.numel() > 0 and (taken or traced or cpu.are_plain((*state, *(adjustment or ()))))
+    able = by_feature and (taken or traced or cpu.are_plain((*state, *(adjustment or ()))))
+    # An empty batch takes the path of the other replicas; a graph fuses the passes around its collectives.
+    able = able and (x.numel() > 0 if replicas is None else not traced)
     kernel = _select(x, plan, options.fused, momentum, plain, able, traced, transformed)
     if kernel == TORCH:
         return Result(torch.nn.functional.batch_norm(x, *running, weight, bias, True, float(momentum), eps), kernel)
@@ -251,25 +270,20 @@ def normalize(
         corrected = Renorm(state.renorm_mean, state.renorm_stddev, clipping)
     if kernel == KERNEL:
         static = Static(eps, axes, size)
-        averages = None
+        moved = moves and taken and not torch.is_tensor(momentum) and not options.skip_nonfinite
         if traced:
             factor, offset = core.fold(xp, weight, bias, autograd.flat(x, plan, adjustment))
             y, group_moments, counts = operators.forward(x, factor, offset, corrected, weights, static)
         else:
-            if moves and taken and not torch.is_tensor(momentum) and not options.skip_nonfinite:
-                averages = Averages(running, momentum, renorm_momentum)
-            later = averages is not None and _may_yet_raise(x)
-            old, limits = (None, None) if corrected is None else (corrected[:2], cpu.limits(clipping))
-            y, group_moments, counts = autograd.forward(
-                x, weight, bias, adjustment, old, weights, limits, static, plan, None if later else averages
+            y, group_moments, counts = _call_kernels(
+                x, state, step, adjustment, corrected, weights, static, plan, moved, replicas
             )
-            if averages is not None and later:
-                cpu.move(x, group_moments, counts, old, static, averages)
         y = layout.in_format(y, form)
         if not moves:
             return Result(y, kernel)
-        if averages is not None:
-            return Result(y, kernel, True if weights is None or counts is None else counts[0].any())
+        if moved:
+            values = weights is None and replicas is None  # there are, or it would be another kernel
+            return Result(y, kernel, True if counts is None or values else counts[0].any())
         moments = Moments(group_moments[0], group_moments[1], count)
         if counts is not None:
             moments = moments._replace(count=counts[0].unsqueeze(1), square_count=counts[1].unsqueeze(1))
@@ -287,12 +301,49 @@ def normalize(
             weights=weights,
             masked="zero",
             unbiased=not renorm,
+            merge=None if replicas is None else replicas.merge_of(x, mask is not None),
         )
         y, averaged = trained.y.to(x.dtype).contiguous(memory_format=form), trained.averaged
     if not moves:
         return Result(y, kernel)
     averaged = algebra.reshaped(xp, averaged, plan.feature_sizes)
-    return Result(y, kernel, _move(averaged, state, options.skip_nonfinite, momentum, eps, renorm_momentum))
+    return Result(y, kernel, _move(averaged, state, step, options.skip_nonfinite))
+
+
+def _call_kernels(
+    x: Tensor,
+    state: State,
+    step: Step,
+    adjustment: Pair | None,
+    renorm: Renorm | None,
+    weights: Tensor | None,
+    static: Static,
+    plan: Geometry,
+    moved: bool,
+    replicas: Replicas | None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Call the kernels now, and let them move the averages, too, where these are to be `moved` so."""
+    averages = None
+    if moved:
+        averages = Averages((state.running_mean, state.running_var), float(step.momentum), step.renorm_momentum)
+    later = averages is not None and _may_yet_raise(x)
+    old, limits = (None, None) if renorm is None else (renorm[:2], cpu.limits(renorm.clipping))
+    y, moments, counts = autograd.forward(
+        x,
+        state.weight,
+        state.bias,
+        adjustment,
+        old,
+        weights,
+        limits,
+        static,
+        plan,
+        None if later else averages,
+        replicas,
+    )
+    if averages is not None and later:
+        cpu.move(x, moments, counts, old, static, averages)
+    return y, moments, counts
 
 
 def _select(
@@ -318,14 +369,14 @@ def _select(
 
 
 @torch.no_grad()
-def _move(
-    moments: Moments, state: State, skip_nonfinite: bool, momentum: float | Tensor, eps: float, renorm_momentum: float
-) -> bool | Tensor:
+def _move(moments: Moments, state: State, step: Step, skip_nonfinite: bool) -> bool | Tensor:
     """Move the averages, and tell whether one has moved."""
     names = {"running_mean": "moving_mean", "running_var": "moving_variance"}
     averages = {names.get(name, name): value for name, value in state.averages.items() if value is not None}
     moves = algebra.finite(xp, moments) if skip_nonfinite else None
-    new = algebra.step(xp, averages, moments, eps, rate=momentum, renorm_rate=renorm_momentum, moves=moves)
+    new = algebra.step(
+        xp, averages, moments, step.eps, rate=step.momentum, renorm_rate=step.renorm_momentum, moves=moves
+    )
     for name, value in new.items():
         averages[name].copy_(value)
     moving = algebra.moving(moments, moves)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +33,8 @@ OPTIONS = {
     "adjustment": None,
     "fused": None,
     "skip_nonfinite": False,
+    "synchronized": False,
+    "process_group": None,
 }
 """The options that PyTorch's own layers do not have, with their defaults."""
 RENORM = ("renorm_mean", "renorm_stddev")
@@ -75,6 +79,8 @@ class Layer(_BatchNorm):
         adjustment: Adjustment = None,
         fused: bool | None = None,
         skip_nonfinite: bool = False,
+        synchronized: bool = False,
+        process_group: Any = None,
     ) -> None:
         given = {
             "renorm": renorm,
@@ -84,6 +90,8 @@ class Layer(_BatchNorm):
             "adjustment": adjustment,
             "fused": fused,
             "skip_nonfinite": skip_nonfinite,
+            "synchronized": synchronized,
+            "process_group": process_group,
         }
         checked(given, axis=self.axis, eps=eps, momentum=momentum, track_running_stats=track_running_stats)
         super().__init__(
@@ -121,13 +129,38 @@ class Layer(_BatchNorm):
         tracked = self.running_mean is not None  # also while `hold` says that they do not move
         return {"axis": self.axis, "eps": self.eps, "momentum": self.momentum, "track_running_stats": tracked}
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What is pickled: all but a process group, which is of this process alone."""
+        state = self.__dict__.copy()
+        if state.get("process_group") is not None:
+            warnings.warn(
+                "process_group is not pickled: the layer will be synchronized over the default group until it is set.",
+                stacklevel=2,
+            )
+            state["process_group"] = None
+            state["_given"] = state["_given"] | {"process_group": None}
+        return state
+
+    def __copy__(self) -> Layer:
+        new: Layer = type(self).__new__(type(self))
+        new.__dict__.update(self.__dict__)
+        return new
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Layer:
+        """Copy all but the process group, which the copy has, too."""
+        new: Layer = type(self).__new__(type(self))
+        memo[id(self)] = new
+        memo[id(self.process_group)] = self.process_group
+        new.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return new
+
     def configure(self, given: dict[str, Any]) -> None:
         """Take over options; renorm's averages are made, or go."""
         asked = checked(given, **self._own())
         self._asked, self._given = asked, given
         self._plain = Options(axis=self.axis, fused=asked.fused)  # of evaluation
-        named = (asked.renorm, asked.virtual_batch_size, asked.adjustment, asked.skip_nonfinite)
-        self._simple = named == (False, None, None, False) and self.axis == 1 and asked.fused is not False
+        named = (asked.renorm, asked.virtual_batch_size, asked.adjustment, asked.skip_nonfinite, asked.synchronized)
+        self._simple = named == (False, None, None, False, False) and self.axis == 1 and asked.fused is not False
         self._torch_evaluates = self.axis == 1 and asked.fused is not False
         for name, value in given.items():
             super().__setattr__(name, value)
@@ -206,13 +239,16 @@ class Layer(_BatchNorm):
                 self.weight,
                 self.bias,
             ),
+            functional.Step(
+                momentum,
+                self.eps,
+                self._clipping() if renorm else Clipping(),
+                self.renorm_momentum,
+                self.track_running_stats,
+            ),
             training=self.training or (self.running_mean is None and self.running_var is None),
-            momentum=momentum,
-            eps=self.eps,
-            clipping=self._clipping() if renorm else Clipping(),
-            renorm_momentum=self.renorm_momentum,
-            moves=self.track_running_stats,
             mask=mask,
+            process_group=self.process_group,
         )
         if batches is not None:
             batches.add_(1 if moved is True else moved)  # a bool takes microseconds longer
@@ -317,7 +353,9 @@ def checked(
         fused=given["fused"],
         skip_nonfinite=given["skip_nonfinite"],
         cumulative=momentum is None,
+        synchronized=given["synchronized"],
     )
+    checks.process_group(given["process_group"], options.synchronized)
     if options.renorm and not track_running_stats:
         raise ValueError("track_running_stats must be True with renorm=True; received False.")
     return options
@@ -387,6 +425,11 @@ class BatchNorm(Layer):
         fused: None or True for the fastest kernel that can serve, False for PyTorch's composed operations.
         skip_nonfinite: Whether a feature whose m or v is not finite, in any virtual batch, keeps its averages in that
             step. Otherwise they are lost, and with renorm every later batch. Not with ``momentum=None``.
+        synchronized: Whether m and v are those of all values in a process group of `torch.distributed`, if there is
+            one: all its processes call the layer alike, each with a batch of any size, or an empty one. Not with
+            virtual batches.
+        process_group: That group, or None for the default one. A copy of the layer has it, too; a pickle has None, with
+            a warning.
 
     Raises:
         TypeError: For an argument of the wrong type.

@@ -173,6 +173,10 @@ void exercise(const View& v, Type type, unsigned seed) {
     }
     kernels().forward(p);
     kernels().backward(q);
+    if (mask % 2) {  // the same from moments that are given
+      p.measured = true;
+      kernels().forward(p);
+    }
     for (int64_t i = 0; i < n; i += 1 + n / 997) {
       auto g = static_cast<int64_t>(at(i)), k = v.grouped_parameters ? g : g % v.features;
       double m = sum[static_cast<size_t>(g)] / count;
@@ -256,6 +260,8 @@ void exercise_weights(const View& v, Type type, unsigned seed) {
     p.renorm_mean = average.values, p.renorm_stddev = stddev.values;
     p.r = q.r = r.values, p.d = q.d = d.values;
   }
+  kernels().moments({type, v, x.data(), mean.values, variance.values, p.weights, counts.values, squares.values});
+  p.measured = seed % 5 == 0;
   kernels().forward(p);
   kernels().backward(q);
   for (int64_t k = 0; k < all; k++) {

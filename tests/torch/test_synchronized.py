@@ -414,7 +414,13 @@ def grouped(process: Process) -> None:
 
 def differentiated_twice(process: Process) -> None:
     """The gradient of a penalty on gradients, on the kernels and composed; and of transformations."""
-    for options in ({}, RENORM, {"fused": False}):
+    scale = torch.full((3, 1), 1.5, requires_grad=True)
+    for options in (
+        {},
+        RENORM,
+        {"fused": False},
+        {"adjustment": lambda shape: (scale, torch.ones(3, 1)), "affine": False},
+    ):
         layer, whole = BatchNorm(3, synchronized=True, **options), BatchNorm(3, **(options | {"fused": False})).double()
         (x,) = batches(1)
         results: list[Any] = []
@@ -425,8 +431,8 @@ def differentiated_twice(process: Process) -> None:
             penalty = (first.square() * torch.linspace(0.5, 1, first.shape[2], dtype=first.dtype)).sum()
             (penalty + wide(y)).backward()
             results.append(given.grad)
-        scale = results[1].abs().max()
-        process.near(f"{options}: dx", results[0] / scale, process.part(results[1] / scale, SIZES), 1e-5)
+        largest = results[1].abs().max()
+        process.near(f"{options}: dx", results[0] / largest, process.part(results[1] / largest, SIZES), 1e-5)
         for name, parameter in layer.named_parameters():
             gradient: Any = whole.get_parameter(name).grad
             largest = 1 + gradient.abs().max()

@@ -73,6 +73,10 @@ class Replicas(NamedTuple):
     ) -> list[Tensor | None]:
         """The same gradients with derivatives, by doing the forward pass once more, composed."""
         plan, dtype = layout.plan(x, static.axes, None), layout.wide(x)
+        factor, offset = (
+            value if value is None or value.requires_grad else value.detach().requires_grad_()
+            for value in (factor, offset)
+        )
         y = normalize.train(
             xp,
             x.to(dtype),
@@ -85,9 +89,10 @@ class Replicas(NamedTuple):
             masked="zero",
             merge=self.merge,
         ).y
-        inputs = [value for value in (x, factor, offset) if value is not None and value.requires_grad]
+        given = (x if x.requires_grad else None, factor, offset)
+        inputs = [value for value in given if value is not None]
         found = iter(torch.autograd.grad(y, inputs, dy.to(dtype), create_graph=True))
-        return [next(found) if value is not None and value.requires_grad else None for value in (x, factor, offset)]
+        return [None if value is None else next(found) for value in given]
 
 
 def replicas(x: Tensor, synchronized: bool, group: Any) -> Replicas | None:

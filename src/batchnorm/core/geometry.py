@@ -160,23 +160,24 @@ class Geometry:
         if tuple(given) != tuple(shape):
             raise ValueError(f"dy must have the shape of the output, {tuple(shape)}; received shape {tuple(given)}.")
 
-    def split(self, shape: Sequence[Any]) -> tuple[Any, ...]:
-        """Turn the shape of an input into that of its view; a size that is not known yet is taken to divide."""
+    def split(self, shape: Sequence[Any], *, uneven: bool = False) -> tuple[Any, ...]:
+        """Turn the shape of an input into that of its view; a size that is not known yet divides unless `uneven`."""
         if self.virtual_batch_size is None:
             return tuple(shape)
         batch, *rest = shape
-        if not isinstance(batch, int):
-            return (self.virtual_batch_size, batch // self.virtual_batch_size, *rest)
         groups = -(-batch // self.virtual_batch_size)
-        return (-(-batch // max(groups, 1)), groups, *rest)
+        if isinstance(batch, int):
+            return (-(-batch // max(groups, 1)), groups, *rest)
+        if uneven:
+            return (-(-batch // (groups + 1 // (batch + 1))), groups, *rest)  # divided by 1 where there is no sample
+        return (self.virtual_batch_size, groups, *rest)
 
-    def padding(self, shape: Sequence[Any]) -> int:
+    def padding(self, shape: Sequence[Any], *, uneven: bool = False) -> Any:
         """Count the samples that fill up the last row of the view."""
-        if self.virtual_batch_size is None or not isinstance(shape[0], int):
+        if self.virtual_batch_size is None or not (uneven or isinstance(shape[0], int)):
             return 0
-        rows, groups, *_ = self.split(shape)
-        padding: int = rows * groups - shape[0]
-        return padding
+        rows, groups, *_ = self.split(shape, uneven=uneven)
+        return rows * groups - shape[0]
 
     def runs(self, shape: Sequence[int | None]) -> list[tuple[int, int]]:
         """Find what lies together: the first and last feature axis of each run, with only axes of size 1 between.

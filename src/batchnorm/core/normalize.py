@@ -82,13 +82,21 @@ class _Batch:
         self._xp, self._plan, self._padding = xp, plan, 0
         if plan.group_axis is not None:
             self._shape = xp.shape(x)
-            self._split, self._padding = plan.split(self._shape), plan.padding(self._shape)
+            # Weights can say what fills up a last row, also where only the running program knows whether anything does.
+            uneven = weights is not None
+            self._split = plan.split(self._shape, uneven=uneven)
+            self._padding = plan.padding(self._shape, uneven=uneven)
         self.x = self.view(x, filler)
         if weights is not None:
             weights = xp.astype(weights, x.dtype)
-        elif self._padding:
+        elif self._is_padded:
             weights = xp.ones_like(x[tuple(slice(0, 1 if axis in plan.axes else None) for axis in range(plan.rank))])
         self.weights = None if weights is None else self.view(weights, filler=0)
+
+    @property
+    def _is_padded(self) -> bool:
+        """Whether anything fills up a last row, or may."""
+        return not isinstance(self._padding, int) or self._padding > 0
 
     @property
     def count(self) -> Any:
@@ -102,7 +110,7 @@ class _Batch:
         if self._plan.group_axis is None:
             return values
         xp, sizes = self._xp, self._xp.shape(values)
-        if self._padding:
+        if self._is_padded:
             more = values[: self._padding, ...]
             values = xp.concat([values, more if filler is None else xp.ones_like(more) * filler], axis=0)
         return xp.reshape(values, (*self._split[:2], *sizes[1:]))
@@ -112,8 +120,8 @@ class _Batch:
         if self._plan.group_axis is None:
             return values
         rows, groups, *_ = self._split
-        joined = self._xp.reshape(values, (rows * groups if self._padding else self._shape[0], *self._shape[1:]))
-        return joined[: self._shape[0], ...] if self._padding else joined
+        joined = self._xp.reshape(values, (rows * groups if self._is_padded else self._shape[0], *self._shape[1:]))
+        return joined[: self._shape[0], ...] if self._is_padded else joined
 
     def parameter(self, value: Array | None) -> Array | None:
         """A parameter or a statistic beside the view, in the type of the arithmetic."""

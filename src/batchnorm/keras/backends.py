@@ -1,0 +1,209 @@
+"""Who computes a training step on which backend of Keras: the one place that knows them apart.
+
+Each backend has its kernels, as this package has them for that framework, and its array namespace. `serves` tells
+whether the kernels can compute a step, `forward` has them do it, and gives what averages move to, by feature. Any other
+backend composes everything of `keras.ops`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import keras
+
+from batchnorm.core import algebra, geometry, normalize, passes
+from batchnorm.core.algebra import Moments
+from batchnorm.core.geometry import Geometry
+from batchnorm.core.normalize import Pair, Renorm
+from batchnorm.core.options import Clipping, Options
+from batchnorm.cpu import KERNEL
+
+__all__ = ["BACKEND", "infer", "is_known", "merge", "plan", "train", "wide", "xp"]
+
+BACKEND: str = keras.backend.backend()
+Values = Mapping[str, Any]
+xp: Any
+"""The array namespace of the backend."""
+
+if BACKEND == "tensorflow":
+    import tensorflow as tf
+
+    from batchnorm.tensorflow import namespace as xp
+    from batchnorm.tensorflow import operations
+
+    def serves(x: Any, plan: Geometry, weights: Any) -> bool:
+        """Tell whether TensorFlow's operations of the kernels can; XLA does not know them."""
+        divided = plan.virtual_batch_size is None or (x.shape[0] is not None and not plan.padding(x.shape))
+        return weights is None and divided and operations.serves(x, plan)
+
+    def forward(
+        x: Any, plan: Geometry, epsilon: float, factor: Any, offset: Any, renorm: Renorm | None, weights: Any
+    ) -> tuple[Any, Moments]:
+        """Normalize a batch by the kernels."""
+        if renorm is not None:  # copies, for the kernel must see the averages of before the step even if it runs later
+            renorm = renorm._replace(mean=tf.identity(renorm.mean), stddev=tf.identity(renorm.stddev))
+        y, averaged = operations.forward(x, plan, epsilon, factor=factor, offset=offset, renorm=renorm)
+        y.set_shape(x.shape)
+        count = xp.astype(plan.whole.count(xp.shape(x)), averaged.mean.dtype)
+        return y, averaged._replace(count=count)
+
+    def is_known(x: Any) -> bool:
+        """Tell whether values can be looked at."""
+        return bool(tf.executing_eagerly())
+
+elif BACKEND == "torch":
+    import torch
+
+    from batchnorm.torch import autograd, cpu, layout, operators
+    from batchnorm.torch import namespace as xp
+
+    def serves(x: Any, plan: Geometry, weights: Any) -> bool:
+        """Tell whether the kernels can; they know no transformations of `torch.func`."""
+        known = weights is None and x.numel() > 0 and not layout.is_transformed() and not layout.is_exported()
+        return known and cpu.serves(x, plan, layout.is_traced())
+
+    def forward(
+        x: Any, plan: Geometry, epsilon: float, factor: Any, offset: Any, renorm: Renorm | None, weights: Any
+    ) -> tuple[Any, Moments]:
+        """Normalize a batch by the kernels: eagerly as functions, in a graph as operators."""
+        static = cpu.Static(epsilon, plan.axes, plan.virtual_batch_size)
+        if layout.is_traced():
+            y, moments, counts = operators.forward(x, factor, offset, renorm, weights, static)
+        else:
+            old, limits = (None, None) if renorm is None else (renorm[:2], cpu.limits(renorm.clipping))
+            given = (x, factor, offset, None, old, weights, limits, static, plan, None)
+            y, moments, counts = autograd.forward(*given)
+        count = plan.count(plan.split(x.shape)) if counts is None else counts[0].unsqueeze(1)
+        return y, normalize.average(xp, Moments(moments[0], moments[1], count), 0)
+
+    def is_known(x: Any) -> bool:
+        """Tell whether values can be looked at, at no cost."""
+        return bool(x.is_cpu and layout.is_eager())
+
+elif BACKEND == "jax":
+    from batchnorm.jax import namespace as xp
+    from batchnorm.jax import primitives
+
+    def serves(x: Any, plan: Geometry, weights: Any) -> bool:
+        """Tell whether the primitives can, which compose what is not for one CPU."""
+        return weights is None and primitives.serves(x, plan)
+
+    def forward(
+        x: Any, plan: Geometry, epsilon: float, factor: Any, offset: Any, renorm: Renorm | None, weights: Any
+    ) -> tuple[Any, Moments]:
+        """Normalize a batch by the kernels, or what they stand for where the program is for several devices."""
+        return primitives.forward(x, plan, epsilon, factor=factor, offset=offset, renorm=renorm)
+
+    def is_known(x: Any) -> bool:
+        """Tell whether values can be looked at: a program of JAX knows them only when it runs."""
+        return False
+
+else:
+    from . import namespace as xp
+
+    def serves(x: Any, plan: Geometry, weights: Any) -> bool:
+        """There are no kernels."""
+        return False
+
+    def forward(
+        x: Any, plan: Geometry, epsilon: float, factor: Any, offset: Any, renorm: Renorm | None, weights: Any
+    ) -> tuple[Any, Moments]:
+        """There are no kernels."""
+        raise NotImplementedError
+
+    def is_known(x: Any) -> bool:
+        """Tell whether values can be looked at."""
+        return False
+
+
+def plan(shape: Any, axis: int | tuple[int, ...], virtual_batch_size: int | None) -> Geometry:
+    """Work out the geometry; without its cache where that would be traced into a graph, or sizes are no ints."""
+    sizes = tuple(size if isinstance(size, int) else None for size in shape)
+    make = geometry.plan
+    if BACKEND == "torch" and torch.compiler.is_compiling():
+        sizes, make = tuple(shape), make.__wrapped__
+    found: Geometry = make(sizes, axis, virtual_batch_size)
+    return found
+
+
+def merge(synchronized: bool, virtual_batch_size: int | None) -> Callable[[Moments], Moments] | None:
+    """What puts the moments of replicas together, or None.
+
+    Raises:
+        ValueError: Where there is nothing that does.
+    """
+    if not synchronized:
+        return None
+    if BACKEND != "tensorflow":
+        raise ValueError(
+            f"Argument synchronized=True is only supported with the TensorFlow backend. Received: backend={BACKEND!r}."
+        )
+    raise ValueError(
+        "synchronized must be False: statistics of several replicas are not supported yet, on any backend; "
+        "received True of type bool."
+    )
+
+
+def train(
+    x: Any,
+    plan: Geometry,
+    options: Options,
+    clipping: Clipping,
+    values: Values,
+    adjustment: Pair | None,
+    weights: Any,
+    merge: Callable[[Moments], Moments] | None,
+) -> tuple[Any, Moments, str]:
+    """Normalize by the batch.
+
+    Args:
+        x: The batch, of a floating-point type.
+        plan: Its geometry.
+        options: What the layer was asked for.
+        clipping: Limits of renorm's correction, as they are at this step.
+        values: Parameters and averages of the layer, by name.
+        adjustment: a and b, or None.
+        weights: How much each value counts, of the rank of x, or None.
+        merge: Puts the moments of replicas together, or None.
+
+    Returns:
+        The output, in a type of at least the width of x; what averages move to, constants of one value for each
+        feature; and the name of who served.
+    """
+    gamma, beta = values.get("gamma"), values.get("beta")
+    renorm = Renorm(values["renorm_mean"], values["renorm_stddev"], clipping) if options.renorm else None
+    by_feature = adjustment is None or plan.check_adjustment([tuple(each.shape) for each in adjustment], tuple(x.shape))
+    epsilon = options.epsilon
+    kernel = passes.select(options.fused, {KERNEL: by_feature and merge is None and serves(x, plan, weights)})
+    if kernel == KERNEL:
+        if adjustment is not None:
+            adjustment = normalize.by_feature(xp, plan, adjustment)
+        factor, offset = normalize.fold(xp, gamma, beta, adjustment)
+        y, averaged = forward(x, plan, epsilon, factor, offset, renorm, weights)
+    else:
+        given = {"gamma": gamma, "beta": beta, "adjustment": adjustment, "renorm": renorm}
+        if weights is None and plan.group_axis is not None and not isinstance(xp.shape(x)[0], int):
+            weights = _ones(x, plan)  # so that virtual batches need not divide a size that is not known yet
+        trained = normalize.train(xp, wide(x), plan, epsilon, **given, weights=weights, merge=merge)
+        y, averaged = trained.y, trained.averaged
+    averaged = algebra.reshaped(xp, averaged, plan.whole.parameter_shape)
+    mean, variance = xp.stop_gradient(averaged.mean), xp.stop_gradient(averaged.variance)
+    return y, Moments(mean, variance, averaged.count), kernel
+
+
+def infer(x: Any, plan: Geometry, options: Options, values: Values) -> Any:
+    """Normalize by the moving averages."""
+    parameters = {name: values.get(name) for name in ("gamma", "beta")}
+    moving = values["moving_mean"], values["moving_variance"]
+    return normalize.infer(xp, wide(x), plan, options.epsilon, *moving, **parameters)
+
+
+def wide(value: Any, x: Any = None) -> Any:
+    """An array in the type of the arithmetic on it, or on a batch x: float32 or wider."""
+    return keras.ops.cast(value, keras.backend.result_type((value if x is None else x).dtype, "float32"))
+
+
+def _ones(x: Any, plan: Geometry) -> Any:
+    """Weights of 1 for every position."""
+    return xp.ones_like(x[tuple(slice(0, 1 if axis in plan.axes else None) for axis in range(plan.rank))])

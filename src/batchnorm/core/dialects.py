@@ -139,7 +139,7 @@ def complete(
         "gamma": lambda: xp.ones_like(mean),
         "beta": lambda: mean - mean,
         "moving_stddev": lambda: stddev(xp, variance, epsilon),
-        "renorm_mean": lambda: mean,
+        "renorm_mean": lambda: mean + 0,  # an array of its own, for frameworks that give buffers away
         "renorm_stddev": lambda: stddev(xp, variance, epsilon),
         "steps": lambda: 0,
     }

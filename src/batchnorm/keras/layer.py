@@ -16,7 +16,7 @@ from batchnorm.core.normalize import Pair
 from batchnorm.core.options import Clipping, Options, flag, pair
 from batchnorm.core.schedules import ClippingSchedule
 
-from . import backends, serialization
+from . import backends, configuration, serialization
 from .backends import xp
 
 __all__ = ["BatchNormalization"]
@@ -318,8 +318,8 @@ class BatchNormalization(keras.layers.BatchNormalization):  # type: ignore[misc]
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> BatchNormalization:
-        """Make a layer of a configuration."""
-        config = dict(config)
+        """Make a layer of a configuration, of any generation of Keras."""
+        config = configuration.read(config)
         if config.get("renorm_clipping") is not None:
             config["renorm_clipping"] = serialization.clipping_of(config["renorm_clipping"])
         if config.get("adjustment") is not None:

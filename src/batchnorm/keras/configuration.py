@@ -1,11 +1,13 @@
 """Configurations of batch normalization as every generation of Keras wrote them, read as ours.
 
-| written by | what differs |
-|---|---|
-| Keras 1 to 3.13 | no keys of renorm; from 3.14 on they are always there |
-| Keras 2, tf_keras | a built layer's axis is a list; a policy of types is called Policy; the first layer has the model's shape |
-| its layers of TensorFlow 1 | initializers have a type; with virtual batches a built layer's axes are all one too large |
-| Keras 3 before 3.5 | the type is a string, later a policy |
+What differs:
+
+- Keras up to 3.13 writes no keys of renorm; from 3.14 on they are always there.
+- Keras 3 writes types as strings at first, and later as policies.
+- In Keras 2 and tf_keras a built layer's axis is a list, a policy of types is called Policy, and a layer may have the
+  shape of the model's input.
+- In its layers of TensorFlow 1 initializers have a type, and with virtual batches a built layer's axes are all one too
+  large; its variables have an axis for the virtual batches.
 """
 
 from __future__ import annotations
@@ -14,7 +16,9 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
-__all__ = ["AXES", "plain_policies", "read"]
+import numpy as np
+
+__all__ = ["AXES", "plain_policies", "read", "shaped"]
 
 AXES = "feature_axes"
 """Key by which `batchnorm.keras.load_model` gives the axis past Keras' own reader of HDF5 files, which loses lists."""
@@ -75,3 +79,14 @@ def plain_policies(config: Any) -> Any:
     if config.get("class_name") in ("Policy", "PolicyV1") and "name" in config.get("config", {}):
         return config["config"]["name"]
     return {name: plain_policies(value) for name, value in config.items()}
+
+
+def shaped(value: Any, shape: tuple[int, ...]) -> Any:
+    """Give a saved variable the shape of ours, where they differ in sizes of 1 only.
+
+    >>> shaped(np.zeros((1, 1, 1, 5)), (5,)).shape
+    (5,)
+    """
+    array = np.asarray(value)
+    sizes = [size for size in array.shape if size != 1]
+    return array.reshape(shape) if sizes == [size for size in shape if size != 1] else array

@@ -30,8 +30,8 @@ def convert(model: Layer, **options: Any) -> Layer:
     """Replace the batch normalization layers of a model by those of this package.
 
     Each layer is changed in place: connections, weights, name, type and whether it is trainable stay, and so the model
-    stays compiled, and its optimizer goes on. Layers in nested models and wrappers are changed, too, and one that is used in
-    two places stays one. With ``renorm=True``, renorm's averages begin at the moving ones.
+    stays compiled, and its optimizer goes on. Layers in nested models and wrappers are changed, too, and one that is
+    used in two places stays one. With ``renorm=True``, renorm's averages begin at the moving ones.
 
     Args:
         model: A model of any kind, or a layer; changed in place. `keras.layers.BatchNormalization` and
@@ -66,8 +66,8 @@ def convert(model: Layer, **options: Any) -> Layer:
 def revert(model: Layer) -> Layer:
     """Replace the layers of this package by Keras' own, which give the same in inference.
 
-    For deployment, and for programs that know Keras' layer only. Connections, weights, name and type stay; options go, so
-    that in training the layers are plain ones, and renorm's averages with them.
+    For deployment, and for programs that know Keras' layer only. Connections, weights, name and type stay; options go,
+    so that in training the layers are plain ones, and renorm's averages with them.
 
     Args:
         model: A model, or a layer; changed in place. Layers over several axes, for which Keras has none, and
@@ -112,7 +112,10 @@ def _warn(what: str, left: list[Layer], hint: str) -> None:
 
 def _made(layer: Layer, kind: Any, config: dict[str, Any]) -> Layer:
     """A layer as it is to become, with weights of its own, of which it gives those that are missing."""
-    new = kind.from_config(config)
+    try:
+        new = kind.from_config(config)
+    except TypeError as error:  # Keras wraps whatever is raised in one of these
+        raise error.__context__ or error from None
     new.build(layer.get_build_config()["input_shape"])
     wanted = [name for name in WEIGHTS if getattr(new, name, None) is not None and name != "steps"]
     present = {name: getattr(layer, name).value for name in WEIGHTS if getattr(layer, name, None) is not None}

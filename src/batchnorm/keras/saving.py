@@ -7,7 +7,7 @@ import os
 import shutil
 import tempfile
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import keras
@@ -21,6 +21,8 @@ __all__ = ["load_model"]
 
 REGISTERED = keras.saving.get_registered_name(BatchNormalization)
 CONFIG = "config.json"
+FUNCTIONAL = "keras.src.models.functional"
+"""Where Keras 3 looks for the class of functional models, which Keras 2 had in a module called engine."""
 
 
 def load_model(
@@ -84,13 +86,40 @@ def _rewrite_hdf5(path: str, copy: str) -> None:
         if config is None:
             raise ValueError(f"{path} must hold a whole model; received weights alone, which model.load_weights loads.")
         config = _ours(json.loads(config))
-        del file.attrs["model_config"]
         file.attrs["model_config"] = json.dumps(config)
+        if "model_weights" in file:
+            _drop_groups(file["model_weights"], {inner["name"]: inner for inner in _layers(config)})
+
+
+def _drop_groups(weights: Any, layers: Mapping[str, Mapping[str, Any]]) -> None:
+    """Give variables of layers with virtual batches our shape: they had an axis for these, and the input's rank."""
+    found: dict[str, bool] = {}
+
+    def visit(path: str, value: Any) -> None:
+        inner = layers.get(path.split("/")[-2]) if hasattr(value, "shape") else None
+        if inner is not None and inner.get("virtual_batch_size") is not None and value.ndim > 1:
+            found[path] = isinstance(inner[AXES], list) and len(inner[AXES]) > 1
+
+    weights.visititems(visit)
+    for path, several in found.items():
+        value = weights[path][()]
+        if several and value.shape[1] != 1:
+            continue  # ours
+        del weights[path]
+        weights[path] = value.reshape((value.shape[0], *value.shape[2:]) if several else -1)
 
 
 def _ours(config: Any) -> Any:
     """The configuration of a model with our layer for each stock one, and without what only older readers know."""
     return _replaced(plain_policies(config))
+
+
+def _layers(config: Any) -> Iterator[dict[str, Any]]:
+    """The configurations of our layers in that of a model."""
+    if isinstance(config, dict) and config.get("class_name") == REGISTERED:
+        yield config["config"]
+    for value in config.values() if isinstance(config, dict) else config if isinstance(config, list) else ():
+        yield from _layers(value)
 
 
 def _replaced(config: Any) -> Any:
@@ -100,6 +129,8 @@ def _replaced(config: Any) -> Any:
         return config
     name, inner = config.get("class_name"), config.get("config")
     registered = config.get("registered_name") or name
+    if registered == "Functional" and str(config.get("module")).endswith(".engine.functional"):
+        config = config | {"module": FUNCTIONAL}
     if not isinstance(inner, dict) or registered not in ("BatchNormalization", "BatchNormalizationV1", REGISTERED):
         return {key: _replaced(value) for key, value in config.items()}
     known = {key: value for key, value in inner.items() if key not in ("axis", AXES)}

@@ -77,9 +77,7 @@ def clipping_of(config: Any) -> Any:
     """Limits as they were before."""
     if isinstance(config, Mapping) and "start" in config:
         return ClippingSchedule(**config)
-    return (
-        config if isinstance(config, Mapping) and not {"class_name", "config"} <= set(config) else function_of(config)
-    )
+    return config if isinstance(config, Mapping) and not {"class_name", "config"} <= set(config) else function_of(config)
 
 
 class _Unregistered:

@@ -34,7 +34,8 @@ if BACKEND == "tensorflow":
 
     def serves(x: Any, plan: Geometry, weights: Any) -> bool:
         """Tell whether TensorFlow's operations of the kernels can; XLA does not know them."""
-        divided = plan.virtual_batch_size is None or (x.shape[0] is not None and not plan.padding(x.shape))
+        size = plan.virtual_batch_size
+        divided = size is None or (x.shape[0] is not None and x.shape[0] % size == 0)
         return weights is None and divided and operations.serves(x, plan)
 
     def forward(
@@ -120,11 +121,10 @@ else:
 def plan(shape: Any, axis: int | tuple[int, ...], virtual_batch_size: int | None) -> Geometry:
     """Work out the geometry; without its cache where that would be traced into a graph, or sizes are no ints."""
     sizes = tuple(size if isinstance(size, int) else None for size in shape)
-    make = geometry.plan
+    make: Callable[..., Geometry] = geometry.plan
     if BACKEND == "torch" and torch.compiler.is_compiling():
-        sizes, make = tuple(shape), make.__wrapped__
-    found: Geometry = make(sizes, axis, virtual_batch_size)
-    return found
+        sizes, make = tuple(shape), geometry.plan.__wrapped__
+    return make(sizes, axis, virtual_batch_size)
 
 
 def merge(synchronized: bool, virtual_batch_size: int | None) -> Callable[[Moments], Moments] | None:
@@ -182,10 +182,20 @@ def train(
         factor, offset = normalize.fold(xp, gamma, beta, adjustment)
         y, averaged = forward(x, plan, epsilon, factor, offset, renorm, weights)
     else:
-        given = {"gamma": gamma, "beta": beta, "adjustment": adjustment, "renorm": renorm}
         if weights is None and plan.group_axis is not None and not isinstance(xp.shape(x)[0], int):
             weights = _ones(x, plan)  # so that virtual batches need not divide a size that is not known yet
-        trained = normalize.train(xp, wide(x), plan, epsilon, **given, weights=weights, merge=merge)
+        trained = normalize.train(
+            xp,
+            wide(x),
+            plan,
+            epsilon,
+            gamma=gamma,
+            beta=beta,
+            adjustment=adjustment,
+            renorm=renorm,
+            weights=weights,
+            merge=merge,
+        )
         y, averaged = trained.y, trained.averaged
     averaged = algebra.reshaped(xp, averaged, plan.whole.parameter_shape)
     mean, variance = xp.stop_gradient(averaged.mean), xp.stop_gradient(averaged.variance)
@@ -194,9 +204,10 @@ def train(
 
 def infer(x: Any, plan: Geometry, options: Options, values: Values) -> Any:
     """Normalize by the moving averages."""
-    parameters = {name: values.get(name) for name in ("gamma", "beta")}
     moving = values["moving_mean"], values["moving_variance"]
-    return normalize.infer(xp, wide(x), plan, options.epsilon, *moving, **parameters)
+    return normalize.infer(
+        xp, wide(x), plan, options.epsilon, *moving, gamma=values.get("gamma"), beta=values.get("beta")
+    )
 
 
 def wide(value: Any, x: Any = None) -> Any:

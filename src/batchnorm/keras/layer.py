@@ -14,7 +14,6 @@ from batchnorm.core.algebra import Moments
 from batchnorm.core.geometry import Geometry
 from batchnorm.core.normalize import Pair
 from batchnorm.core.options import Clipping, Options, flag, pair
-from batchnorm.core.schedules import ClippingSchedule
 
 from . import backends, configuration, serialization
 from .backends import xp
@@ -85,7 +84,7 @@ class BatchNormalization(keras.layers.BatchNormalization):  # type: ignore[misc]
         virtual_batch_size: Samples in each virtual batch at most, or None for the whole batch. Sample i of N is in
             virtual batch i mod ⌈N / virtual_batch_size⌉.
         adjustment: Function of the input's shape to a pair (a, b) that broadcasts to the input, applied in training.
-        fused: None or True for the kernels of this package where they can serve, False for the backend's own operations.
+        fused: None or True for the kernels of this package where they can serve, False for the backend's operations.
         skip_nonfinite: Whether features with moments that are not finite keep their averages in that step.
         **kwargs: ``name``, ``dtype``, ``trainable``, … of `keras.layers.Layer`.
 
@@ -147,7 +146,7 @@ class BatchNormalization(keras.layers.BatchNormalization):  # type: ignore[misc]
             center=center,
             scale=scale,
             renorm=renorm,
-            renorm_clipping=Clipping() if schedule else serialization.clipping(renorm_clipping),
+            renorm_clipping=serialization.clipping(None if callable(renorm_clipping) else renorm_clipping),
             renorm_decay=renorm_momentum,
             fused=fused,
             virtual_batch_size=virtual_batch_size,

@@ -59,9 +59,10 @@ def limits(clipping: Clipping) -> dict[str, Any] | None:
 
 
 def tensors(clipping: Clipping) -> Clipping:
-    """The same limits, with the values of variables in their place."""
-    values = (value.value if isinstance(value, keras.Variable) else value for value in vars(clipping).values())
-    return Clipping(*values)
+    """The same limits, with the values of variables in their place, which the limits do not train."""
+    given = (value if isinstance(value, keras.Variable) else None for value in vars(clipping).values())
+    found = (None if value is None else keras.ops.stop_gradient(value.value) for value in given)
+    return Clipping(*(a if b is None else b for a, b in zip(vars(clipping).values(), found, strict=True)))
 
 
 def clipping_config(given: Mapping[str, Any] | Callable[..., Any]) -> Any:
@@ -77,7 +78,9 @@ def clipping_of(config: Any) -> Any:
     """Limits as they were before."""
     if isinstance(config, Mapping) and "start" in config:
         return ClippingSchedule(**config)
-    return config if isinstance(config, Mapping) and not {"class_name", "config"} <= set(config) else function_of(config)
+    return (
+        config if isinstance(config, Mapping) and not {"class_name", "config"} <= set(config) else function_of(config)
+    )
 
 
 class _Unregistered:

@@ -1,0 +1,34 @@
+"""A process has one backend of Keras, by KERAS_BACKEND; without that, `test_backends.py` runs the rest on each."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+CHOSEN = "KERAS_BACKEND" in os.environ
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Let Keras make NumPy's arrays of tensors as it does."""
+    if CHOSEN:
+        config.addinivalue_line("filterwarnings", "ignore:__array__ implementation doesn't:DeprecationWarning")
+
+
+def pytest_ignore_collect(collection_path: Path) -> bool | None:
+    """Collect what runs on a backend, or what runs that in processes of its own."""
+    if collection_path.suffix != ".py":
+        return None
+    return CHOSEN if collection_path.name == "test_backends.py" else not CHOSEN
+
+
+@pytest.fixture(autouse=CHOSEN)
+def _seeded() -> Iterator[None]:
+    import keras
+
+    keras.utils.set_random_seed(0)
+    yield
+    keras.backend.clear_session()

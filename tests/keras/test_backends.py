@@ -1,0 +1,57 @@
+"""Every test of this folder on every backend, each in a process of its own; and files from one backend to another."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+FOLDER = Path(__file__).parent
+ROOT = FOLDER.parent.parent
+BACKENDS = ("tensorflow", "jax", "torch", "numpy")
+TRAIN = ("tensorflow", "jax", "torch")
+FILES = sorted(path.name for path in FOLDER.glob("test_*.py") if path != Path(__file__))
+
+
+def run(backend: str, *command: str) -> str:
+    """Run Python with a backend, and give its output."""
+    environment = os.environ | {"KERAS_BACKEND": backend, "TF_CPP_MIN_LOG_LEVEL": "3", "PYTHONUTF8": "1"}
+    environment.pop("PYTEST_XDIST_WORKER", None)
+    if backend == "jax":  # devices to distribute over
+        environment["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+    done = subprocess.run(
+        [sys.executable, *command], capture_output=True, text=True, cwd=ROOT, env=environment, check=False
+    )
+    assert done.returncode == 0, done.stdout[-20000:] + done.stderr[-5000:]
+    return done.stdout
+
+
+def test_every_backend_is_there() -> None:
+    assert all(importlib.util.find_spec(backend) is not None for backend in BACKENDS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "file", sorted(path.name for path in FOLDER.glob("test_*.py") if path.name != "test_backends.py")
+)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_all_of_a_file_holds_on(backend: str, file: str) -> None:
+    if backend == "numpy" and file != "test_reference.py":
+        pytest.skip("NumPy neither differentiates nor trains")
+    shown = run(backend, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--no-header", str(FOLDER / file))
+    assert " passed" in shown
+    assert " failed" not in shown
+
+
+@pytest.mark.slow
+def test_fit_reaches_the_same_statistics_on_every_backend_and_files_of_each_load_on_every_other(tmp_path: Path) -> None:
+    for backend in TRAIN:
+        run(backend, "-m", "tests.keras.exchange", "save", str(tmp_path))
+    for backend in TRAIN:
+        assert (
+            run(backend, "-m", "tests.keras.exchange", "load", str(tmp_path)).splitlines()[-1] == f"{backend} is right"
+        )

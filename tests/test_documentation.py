@@ -16,6 +16,8 @@ DOCUMENTS = [
     *sorted(ROOT.glob("docs/*.md")),
 ]
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
+KERAS = "ignore:__array__ implementation doesn't:DeprecationWarning"
+"""What it says while it makes NumPy's arrays of tensors."""
 LANGUAGES = {"python", "sh", "text"}
 
 
@@ -76,7 +78,7 @@ def test_python_runs_as_printed(path: Path, tmp_path: Path) -> None:
     file = tmp_path / f"example_{path.stem}.py"  # and not by a name that others import
     file.write_text(code, encoding="utf-8")
     done = subprocess.run(
-        [sys.executable, "-W", "error", file],
+        [sys.executable, "-W", "error", "-W", KERAS, file],
         capture_output=True,
         text=True,
         cwd=tmp_path,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any, NamedTuple
 
 import keras
@@ -17,6 +18,7 @@ __all__ = ["BACKEND", "DIFFERENTIATES", "Step", "array", "averages", "numpy_of",
 Array = npt.NDArray[Any]
 BACKEND: str = keras.backend.backend()
 DIFFERENTIATES = BACKEND != "numpy"
+COMPILED: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
 
 
 class Step(NamedTuple):
@@ -60,13 +62,16 @@ def step(layer: Any, x: Array, dy: Array, **call: Any) -> Step:
 
         state = [weight.value for weight in layer.non_trainable_variables]
 
-        def loss_of(trained: Any, x: Any) -> Any:
-            y, moved = layer.stateless_call(trained, state, x, **call)
+        def loss_of(trained: Any, x: Any, dy: Any, state: Any, mask: Any) -> Any:
+            y, moved = layer.stateless_call(trained, state, x, **call | {"mask": mask})
             return (y.astype(x.dtype) * dy).sum(), (y, moved)
 
+        compiled = COMPILED.setdefault(layer, {})
+        if len(call) not in compiled:
+            compiled[len(call)] = jax.jit(jax.grad(loss_of, (0, 1), has_aux=True))
         trained = [weight.value for weight in layer.trainable_variables]
-        differentiate = jax.jit(jax.grad(loss_of, (0, 1), has_aux=True))
-        (found, dx), (y, moved) = differentiate(trained, jnp.asarray(x))
+        differentiate = compiled[len(call)]
+        (found, dx), (y, moved) = differentiate(trained, jnp.asarray(x), jnp.asarray(dy), state, call.get("mask"))
         for weight, value in zip(layer.non_trainable_variables, moved, strict=True):
             weight.assign(value)
     else:

@@ -100,8 +100,8 @@ def test_options_and_pairs_of_them_give_what_the_reference_gives(fused: bool | N
                     right = np.asarray(getattr(expected, weight)).reshape(value.shape)
                     np.testing.assert_allclose(value, right, rtol=1e-3, atol=2e-4, err_msg=f"{name}, {weight}")
             for average, value in averages(layer).items():
-                right = reference.variables[average].reshape(-1)
-                np.testing.assert_allclose(value, right, rtol=1e-4, atol=1e-5, err_msg=f"{name}, {average}")
+                expected_average = reference.variables[average].reshape(-1)
+                np.testing.assert_allclose(value, expected_average, rtol=1e-4, atol=1e-5, err_msg=f"{name}, {average}")
         served.add(layer.kernel)
         x = rng.normal(3, 2, SHAPE).astype("float32")
         np.testing.assert_allclose(array(layer(x)), reference(x.astype(np.float64)), rtol=1e-4, atol=2e-5, err_msg=name)

@@ -1,192 +1,195 @@
-"""Files of every generation of Keras, with stock layers, load as ours. `files/make.py` says what wrote them."""
+"""Configurations, files and weights: every option comes back, and what cannot be saved says so."""
 
 from __future__ import annotations
 
-import json
-import zipfile
 from pathlib import Path
 from typing import Any
 
 import keras
 import numpy as np
 import pytest
+from keras import ops
 
-from batchnorm.keras import BatchNormalization, load_model
-from batchnorm.keras.configuration import read
+from batchnorm.keras import BatchNormalization, ClippingSchedule
 
-FILES = Path(__file__).parent / "files"
-NAMES = ("keras-3.3", "keras-3.13", "tf_keras", "axes", "virtual")
-AXES = {"axes": [[1, 3]], "virtual": [1, 3], "tf_keras": [3, 1]}
+from .support import array
 
-
-def ours(model: Any) -> list[Any]:
-    return [layer for layer in model.layers if isinstance(layer, BatchNormalization)]
+SHAPE = (8, 4, 3)
 
 
-@pytest.mark.parametrize("kind", ["keras", "h5"])
-@pytest.mark.parametrize("name", NAMES)
-def test_files_of_every_generation_load_as_ours_and_give_what_they_gave(name: str, kind: str, tmp_path: Path) -> None:
-    path = FILES / f"{name}.{kind}"
-    before = path.read_bytes()
-    model = load_model(path, compile=False)
-    assert path.read_bytes() == before
-    layers = ours(model)
-    assert len(layers) == len(model.layers) - 1
-    assert [layer.get_config()["axis"] for layer in layers] == AXES.get(name, [-1, 1])
-    with np.load(FILES / f"{name}.npz") as written:
-        for layer in layers:
-            for at, value in enumerate(layer.get_weights()):
-                np.testing.assert_array_equal(value.reshape(-1), written[f"{layer.name} {at}"].reshape(-1))
-        x, expected = written["x"], written["y"]
-    tolerance = 2e-2 if layers[-1].compute_dtype == "float16" else 1e-5
-    inputs = [x] if isinstance(model.input, list) else x  # as older generations write the structure of inputs
-    y = keras.ops.convert_to_numpy(model(inputs, training=False))
-    np.testing.assert_allclose(y, expected, rtol=tolerance, atol=tolerance)
-    if name == "virtual":
-        first, second = layers
-        assert (first.virtual_batch_size, second.virtual_batch_size) == (4, 4)
-        assert first.renorm_clipping == {"rmax": 2.0, "dmax": 1.0}
-        assert not second.renorm
-    elif name != "axes":
-        first, second = layers
-        assert first.momentum == 0.9
-        assert type(first.gamma_regularizer) is keras.regularizers.L2
-        assert type(first.beta_constraint) is keras.constraints.NonNeg
-        assert not second.scale
-        assert not second.trainable
-        assert second.compute_dtype == "float16"
-    model(inputs, training=True)
-    model.save(tmp_path / "again.keras")
-    again = keras.saving.load_model(tmp_path / "again.keras")
-    for one, other in zip(again.get_weights(), model.get_weights(), strict=True):
-        np.testing.assert_array_equal(one, other)
+@keras.saving.register_keras_serializable("tests")
+def halved(shape: Any) -> tuple[Any, Any]:
+    """Half of everything."""
+    return ops.ones(()) * 0.5, ops.zeros(())
 
 
-@pytest.mark.parametrize("name", ["tf_keras", "axes", "virtual"])
-def test_what_keras_itself_does_not_read_or_reads_wrongly_is_why_there_is_a_loader(name: str) -> None:
-    with pytest.raises((TypeError, ValueError)):
-        keras.saving.load_model(FILES / f"{name}.keras", compile=False)
+@keras.saving.register_keras_serializable("tests")
+class Scaled:
+    """An adjustment, or limits, with a number."""
+
+    def __init__(self, by: float) -> None:
+        self.by = by
+
+    def __call__(self, given: Any) -> Any:
+        return ops.ones(()) * self.by, ops.zeros(())
+
+    def get_config(self) -> dict[str, float]:
+        return {"by": self.by}
 
 
-@pytest.mark.parametrize("kind", ["keras", "h5"])
-def test_files_of_this_keras_load_with_nested_and_compiled_models_as_they_were(kind: str, tmp_path: Path) -> None:
-    inner = keras.Sequential([keras.Input((4,)), keras.layers.BatchNormalization(renorm=True)], name="inner")
-    model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(4), inner, keras.layers.BatchNormalization()])
-    model.compile(keras.optimizers.SGD(0.1), keras.losses.MeanSquaredError())
-    x = np.random.default_rng(0).normal(1, 2, (16, 4)).astype("float32")
-    model.fit(x, x, verbose=0)
-    model.save(tmp_path / f"model.{kind}")
-    loaded = load_model(str(tmp_path / f"model.{kind}"))
-    assert type(loaded.layers[1].layers[0]) is BatchNormalization
-    assert loaded.layers[1].layers[0].renorm
-    assert type(loaded.layers[2]) is BatchNormalization
-    for one, other in zip(loaded.get_weights(), model.get_weights(), strict=True):
-        np.testing.assert_array_equal(one, other)
-    np.testing.assert_allclose(loaded.predict(x, verbose=0), model.predict(x, verbose=0), atol=1e-5)
-    if kind == "keras":  # from HDF5 files Keras restores no optimizer of a model that is nested
-        assert int(loaded.optimizer.iterations) == 1
-        loaded.fit(x, x, verbose=0)
+@keras.saving.register_keras_serializable("tests")
+def growing(steps: Any) -> dict[str, Any]:
+    """Limits by the number of steps."""
+    return {"dmax": ops.cast(steps, "float32") * 0.1}
 
 
-@pytest.mark.parametrize("kind", ["keras", "h5"])
-def test_our_own_layers_load_with_every_axis_and_classes_of_the_user_s_stay(kind: str, tmp_path: Path) -> None:
-    class Mine(keras.layers.BatchNormalization):  # type: ignore[misc]
-        pass
+def unregistered(given: Any) -> Any:
+    return ops.ones(()), ops.zeros(())
 
-    several = BatchNormalization(axis=[1, -1], virtual_batch_size=4, name="several")
-    model = keras.Sequential([keras.Input((3, 4, 5)), several, Mine(name="mine")])
-    x = np.random.default_rng(0).normal(1, 2, (8, 3, 4, 5)).astype("float32")
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "numbers": {"momentum": 0.5, "epsilon": 1e-5, "center": False, "scale": False, "trainable": False, "name": "norm"},
+    "functions": {
+        "beta_initializer": "random_normal",
+        "gamma_initializer": keras.initializers.Constant(2.0),
+        "moving_mean_initializer": "ones",
+        "moving_variance_initializer": keras.initializers.Constant(3.0),
+        "beta_regularizer": keras.regularizers.L2(0.1),
+        "gamma_regularizer": "l1",
+        "beta_constraint": "non_neg",
+        "gamma_constraint": keras.constraints.MaxNorm(3),
+    },
+    "dtype": {"dtype": "mixed_bfloat16"},
+    "renorm": {"renorm": True, "renorm_momentum": 0.9},
+    "limits": {"renorm": True, "renorm_clipping": {"rmax": 3.0, "dmax": 5}},
+    "limits without renorm": {"renorm_clipping": {"rmin": 0.5}, "renorm_momentum": 0.5},
+    "tensors": {"renorm": True, "renorm_clipping": {"rmax": ops.convert_to_tensor(3.0)}},
+    "schedule": {"renorm": True, "renorm_clipping": ClippingSchedule(3, rmax_end=9, dmax_end=7)},
+    "function of the steps": {"renorm": True, "renorm_clipping": growing},
+    "axes": {"axis": [1, -1]},
+    "virtual batches": {"virtual_batch_size": 3},
+    "virtual batches and renorm": {"virtual_batch_size": 3, "renorm": True},
+    "adjustment": {"adjustment": halved},
+    "adjustment by an object": {"adjustment": Scaled(0.25)},
+    "composed": {"fused": False},
+    "fused": {"fused": True},
+    "skip": {"skip_nonfinite": True},
+}
+by_options = pytest.mark.parametrize("options", OPTIONS)
+
+
+def of(options: str) -> Any:
+    return BatchNormalization(**OPTIONS[options])
+
+
+def same(one: Any, other: Any) -> None:
+    """Assert that two models are of layers alike, in what they say and in what they do."""
+    assert one.get_config() == other.get_config()
+    for a, b in zip(one.get_weights(), other.get_weights(), strict=True):
+        np.testing.assert_array_equal(a, b)
+    x = np.random.default_rng(5).normal(1, 2, SHAPE).astype("float32")
+    for training in (False, True, False):
+        np.testing.assert_allclose(array(one(x, training=training)), array(other(x, training=training)), atol=1e-6)
+    for a, b in zip(one.get_weights(), other.get_weights(), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@by_options
+def test_a_configuration_makes_the_same_layer(options: str) -> None:
+    layer = of(options)
+    again = BatchNormalization.from_config(layer.get_config())
+    assert again.get_config() == layer.get_config()
+    assert again.options == layer.options or options == "tensors"
+    assert type(again.renorm_clipping) is type(layer.renorm_clipping)
+    assert again.renorm_clipping == layer.renorm_clipping or options == "tensors"
+    assert again.adjustment == layer.adjustment or options == "adjustment by an object"
+
+
+@by_options
+def test_models_and_weights_come_back_from_their_files(options: str, tmp_path: Path) -> None:
+    layer = of(options)
+    model = keras.Sequential([keras.Input(SHAPE[1:]), layer])
+    x = np.random.default_rng(0).normal(3, 2, SHAPE).astype("float32")
     model(x, training=True)
-    model.save(tmp_path / f"model.{kind}")
-    loaded = load_model(tmp_path / f"model.{kind}", custom_objects={"Mine": Mine}, compile=False)
-    assert [type(layer) for layer in loaded.layers] == [BatchNormalization, Mine]
-    assert loaded.layers[0].get_config() == several.get_config()
-    for one, other in zip(loaded.get_weights(), model.get_weights(), strict=True):
-        np.testing.assert_array_equal(one, other)
+    model.save(tmp_path / "model.keras")
+    model.save_weights(tmp_path / "model.weights.h5")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    assert type(loaded.layers[0]) is BatchNormalization
+    other = keras.models.clone_model(model)
+    assert other.layers[0].adjustment is layer.adjustment or options == "adjustment by an object"
+    other.load_weights(tmp_path / "model.weights.h5")
+    written = keras.models.model_from_json(model.to_json())
+    written.set_weights(model.get_weights())
+    for again in (loaded, other, written):
+        copy = keras.models.clone_model(model)
+        copy.set_weights(model.get_weights())
+        same(copy, again)
 
 
-def test_what_is_no_model_is_refused_by_name(tmp_path: Path) -> None:
-    (tmp_path / "text.keras").write_text("no archive")
-    with zipfile.ZipFile(tmp_path / "empty.keras", "w") as archive:
-        archive.writestr("other", json.dumps({}))
-    model = keras.Sequential([keras.Input((4,)), keras.layers.BatchNormalization()])
-    model.save_weights(tmp_path / "a.weights.h5")
-    for name, error, said in (
-        ("none.keras", FileNotFoundError, "no file at .*none"),
-        ("model.pt", ValueError, r"filepath must end in \.keras, \.h5 or \.hdf5"),
-        ("text.keras", ValueError, "text.keras must be an archive"),
-        ("empty.keras", ValueError, r"empty.keras must be an archive with config.json in it; received \['other'\]"),
-        ("a.weights.h5", ValueError, "must hold a whole model; received weights alone"),
-    ):
-        with pytest.raises(error, match=said):
-            load_model(tmp_path / name)
+def test_keys_that_keras_layer_of_an_older_version_lacks_are_written_only_if_they_matter() -> None:
+    layer = BatchNormalization()
+    stock = keras.layers.BatchNormalization(name=layer.name)
+    known = set(stock.get_config()) - {"renorm", "renorm_clipping", "renorm_momentum"}
+    assert set(layer.get_config()) == known
+    for name in known:
+        assert layer.get_config()[name] == stock.get_config()[name], name
+    again = keras.layers.BatchNormalization.from_config(layer.get_config())
+    assert again.get_config() == stock.get_config()
+    written = {name: set(of(name).get_config()) - known for name in OPTIONS}
+    assert written["renorm"] == {"renorm", "renorm_momentum"}
+    assert written["virtual batches"] == {"virtual_batch_size"}
+    assert written["adjustment"] == {"adjustment"}
+    assert written["composed"] == {"fused"}
+    assert written["skip"] == {"skip_nonfinite"}
+    for name in ("virtual batches", "adjustment", "composed", "skip"):
+        with pytest.raises((TypeError, ValueError), match="nrecognized keyword"):
+            keras.layers.BatchNormalization.from_config(of(name).get_config())
+    with pytest.raises(ValueError, match="invalid keys"):
+        keras.layers.BatchNormalization.from_config(of("schedule").get_config())
 
 
-# ---- Configurations.
+def test_ours_reads_the_configurations_of_keras_layer() -> None:
+    for options in ({}, {"renorm": True, "renorm_clipping": {"rmax": 2.0}}, {"axis": 1, "momentum": 0.7}):
+        config = keras.layers.BatchNormalization(**options).get_config()
+        layer = BatchNormalization.from_config(config)
+        assert {name: layer.get_config()[name] for name in options} == options
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_configurations_of_every_generation_make_our_layers(name: str) -> None:
-    with zipfile.ZipFile(FILES / f"{name}.keras") as archive:
-        config = json.loads(archive.read("config.json"))
-    for layer in config["config"]["layers"][1:]:
-        found = BatchNormalization.from_config(layer["config"])
-        assert found.name == layer["config"]["name"]
-        wanted = dict(zip(("first", "second"), AXES.get(name, [-1, 1]), strict=False))
-        assert found.get_config()["axis"] == wanted[found.name]
-        assert BatchNormalization.from_config(found.get_config()).get_config() == found.get_config()
+@pytest.mark.parametrize("function", [unregistered, lambda shape: unregistered(shape)], ids=["function", "lambda"])
+def test_a_function_that_is_not_registered_is_kept_by_copies_and_refused_by_files(
+    function: Any, tmp_path: Path
+) -> None:
+    for options in ({"adjustment": function}, {"renorm": True, "renorm_clipping": function}):
+        (argument,) = options.keys() - {"renorm"}
+        model = keras.Sequential([keras.Input(SHAPE[1:]), BatchNormalization(**options)])
+        copy = keras.models.clone_model(model)
+        assert getattr(copy.layers[0], argument) is function
+        for save in (lambda model=model: model.save(tmp_path / "model.keras"), model.to_json):
+            with pytest.raises(ValueError, match=f"{argument} must be registered by keras.saving.register"):
+                save()
+        model.save_weights(tmp_path / "model.weights.h5")
+    assert not (tmp_path / "model.keras").exists()
 
 
-def test_keras_of_today_is_read_and_reads_ours_back() -> None:
-    for options in ({}, {"renorm": True, "renorm_clipping": {"rmax": 2.0}}, {"dtype": "mixed_bfloat16"}):
-        theirs = keras.layers.BatchNormalization(**options)
-        found = BatchNormalization.from_config(theirs.get_config())
-        assert found.renorm is bool(options.get("renorm"))
-        assert keras.layers.BatchNormalization.from_config(found.get_config()).get_config() == theirs.get_config()
+@pytest.mark.parametrize("options", ["plain", "renorm"])
+def test_weights_files_of_keras_layer_load_into_ours_and_back(options: str, tmp_path: Path) -> None:
+    def model(layer: Any) -> Any:
+        return keras.Sequential([keras.Input(SHAPE[1:]), keras.layers.Dense(5), layer, keras.layers.Dense(2)])
+
+    x = np.random.default_rng(0).normal(3, 2, SHAPE).astype("float32")
+    ours, theirs = (model(kind(**OPTIONS[options])) for kind in (BatchNormalization, keras.layers.BatchNormalization))
+    for one, other in ((ours, theirs), (theirs, ours)):
+        one(x, training=True)
+        one.save_weights(tmp_path / "model.weights.h5")
+        other.load_weights(tmp_path / "model.weights.h5")
+        np.testing.assert_allclose(array(one(x)), array(other(x)), rtol=1e-4, atol=1e-5)
 
 
-INITIALIZERS = [
-    ("Zeros", {"dtype": "float32"}),
-    ("Constant", {"value": 0.5, "dtype": "float32", "verify_shape": False}),
-    ("RandomNormal", {"mean": 0.0, "stddev": 0.1, "seed": None, "dtype": "float32"}),
-    ("VarianceScaling", {"scale": 1.0, "mode": "fan_in", "distribution": "normal", "seed": 1, "dtype": "float32"}),
-    ("GlorotUniform", {"seed": None, "dtype": "float32"}),
-]
-
-
-@pytest.mark.parametrize(("kind", "config"), INITIALIZERS)
-def test_initializers_of_tensorflow_1_lose_their_type(kind: str, config: dict[str, Any]) -> None:
-    given = {"class_name": kind, "config": config}
-    layer = BatchNormalization.from_config({"beta_initializer": given, "axis": -1})
-    assert type(layer.beta_initializer).__name__ == kind
-
-
-@pytest.mark.parametrize(
-    ("config", "axis"),
-    [
-        ({"axis": [3]}, 3),
-        ({"axis": [1, 3]}, [1, 3]),
-        ({"axis": -1, "virtual_batch_size": 4}, -1),
-        ({"axis": [-1], "virtual_batch_size": 4}, -1),
-        ({"axis": 1, "virtual_batch_size": 4, "synchronized": False}, 1),
-        ({"axis": [2], "virtual_batch_size": 4, "beta_initializer": {"module": "keras.initializers"}}, 1),
-        ({"axis": [2, 4], "virtual_batch_size": 4, "beta_initializer": {"module": "keras.initializers"}}, [1, 3]),
-        ({"axis": [2], "virtual_batch_size": None, "beta_initializer": {"module": "keras.initializers"}}, 2),
-    ],
-)
-def test_axes_are_counted_as_they_were_meant(config: dict[str, Any], axis: Any) -> None:
-    assert read(config)["axis"] == axis
-
-
-@pytest.mark.parametrize("config", [{"axis": 2}, {"axis": [2]}])
-def test_an_axis_that_may_be_one_too_large_is_said(config: dict[str, Any]) -> None:
-    with pytest.warns(UserWarning, match="may be one too large"):
-        assert read(config | {"virtual_batch_size": 4, "name": "norm"})["axis"] == 2
-
-
-def test_the_layer_of_tensorflow_1_here_is_read_too() -> None:
-    tensorflow = pytest.importorskip("batchnorm.tensorflow")
-    options = {"axis": -1, "renorm": True, "renorm_clipping": {"rmax": 3.0}, "virtual_batch_size": 8, "momentum": 0.9}
-    config = tensorflow.BatchNormalization(**options).get_config()
-    layer = BatchNormalization.from_config(config)
-    assert {name: getattr(layer, name) for name in options} == options
+def test_hdf5_files_come_back(tmp_path: Path) -> None:
+    layer = BatchNormalization(renorm=True, virtual_batch_size=3, adjustment=None, axis=[1, 2])
+    model = keras.Sequential([keras.Input(SHAPE[1:]), layer])
+    model(np.random.default_rng(0).normal(3, 2, SHAPE).astype("float32"), training=True)
+    model.save(tmp_path / "model.h5")
+    loaded = keras.saving.load_model(tmp_path / "model.h5")
+    same(model, loaded)

@@ -60,9 +60,12 @@ def limits(clipping: Clipping) -> dict[str, Any] | None:
 
 def tensors(clipping: Clipping) -> Clipping:
     """The same limits, with the values of variables in their place, which the limits do not train."""
-    given = (value if isinstance(value, keras.Variable) else None for value in vars(clipping).values())
-    found = (None if value is None else keras.ops.stop_gradient(value.value) for value in given)
-    return Clipping(*(a if b is None else b for a, b in zip(vars(clipping).values(), found, strict=True)))
+
+
+    def read(limit: Any) -> Any:
+        return keras.ops.stop_gradient(limit.value) if isinstance(limit, keras.Variable) else limit
+
+    return Clipping(*map(read, (clipping.rmin, clipping.rmax, clipping.dmax)))
 
 
 def clipping_config(given: Mapping[str, Any] | Callable[..., Any]) -> Any:

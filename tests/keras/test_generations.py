@@ -16,7 +16,7 @@ from batchnorm.keras.configuration import read
 
 FILES = Path(__file__).parent / "files"
 NAMES = ("keras-3.3", "keras-3.13", "tf_keras", "axes", "virtual")
-AXES = {"axes": [[1, 3]], "virtual": [1, 3], "tf_keras": [3, 1]}
+AXES: dict[str, list[Any]] = {"axes": [[1, 3]], "virtual": [1, 3], "tf_keras": [3, 1]}
 
 
 def ours(model: Any) -> list[Any]:
@@ -90,7 +90,7 @@ def test_files_of_this_keras_load_with_nested_and_compiled_models_as_they_were(k
 
 @pytest.mark.parametrize("kind", ["keras", "h5"])
 def test_our_own_layers_load_with_every_axis_and_classes_of_the_user_s_stay(kind: str, tmp_path: Path) -> None:
-    class Mine(keras.layers.BatchNormalization):  # type: ignore[misc]
+    class Mine(keras.layers.BatchNormalization):
         pass
 
     several = BatchNormalization(axis=[1, -1], virtual_batch_size=4, name="several")

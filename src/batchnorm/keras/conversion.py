@@ -146,7 +146,7 @@ def _become(layer: Layer, new: Layer, general: set[str]) -> None:
     for name in list(vars(layer)):
         own = name not in general and not name.startswith("_self_") and name not in stays
         if own or name in ("build", "quantize"):  # which Keras wraps for each layer
-            del vars(layer)[name]
+            del layer.__dict__[name]
     layer.__class__ = type(new)
     called = ("_call_signature", "_call_has_context_arg", "_call_context_args", "call_signature_parameters")
     for name, value in (

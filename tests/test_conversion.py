@@ -121,6 +121,44 @@ def test_flax_s_layers_take_it_too(dialect: str, tmp_path: pathlib.Path) -> None
             np.testing.assert_allclose(back[f"bn/{name}"], value, rtol=1e-5, atol=1e-6)
 
 
+def test_safetensors_hold_any_names_and_those_of_their_source_unless_said(tmp_path: pathlib.Path) -> None:
+    numpy_files = pytest.importorskip("safetensors.numpy")
+    layer = trained()
+    source = tmp_path / "a.safetensors"
+    numpy_files.save_file(
+        {"net.bn.running_mean": layer.moving_mean, "net.bn.running_var": layer.moving_variance}, source
+    )
+    convert_file(source, tmp_path / "b.safetensors", rename=[("net", "model")])
+    found = numpy_files.load_file(tmp_path / "b.safetensors")
+    assert set(found) == {f"model.bn.{name}" for name in ("running_mean", "running_var", "num_batches_tracked")}
+    convert_file(source, tmp_path / "c.safetensors", to="tensorflow")
+    found = numpy_files.load_file(tmp_path / "c.safetensors")
+    assert set(found) == {"net/bn/moving_mean", "net/bn/moving_variance"}
+    np.testing.assert_array_equal(found["net/bn/moving_mean"], layer.moving_mean)
+
+
+def test_checkpoints_of_the_older_renorm_are_read(tmp_path: pathlib.Path) -> None:
+    from batchnorm.tensorflow import checkpoints
+
+    older = {
+        "moving_mean": np.array([1.0]),
+        "moving_variance": np.array([4.0]),
+        "renorm_mean": np.array([3.0]),
+        "renorm_mean_weight": np.array(0.5),
+        "renorm_stddev": np.array([1.0]),
+        "renorm_stddev_weight": np.array(0.5),
+    }
+    checkpoints.write(str(tmp_path / "old"), {f"bn/{name}": value for name, value in older.items()})
+    convert_file(tmp_path / "old", tmp_path / "new.pt", epsilon=1e-3)
+    state = {name: value.item() for name, value in torch.load(tmp_path / "new.pt").items()}
+    expected = {"running_mean": 1, "running_var": 4, "renorm_mean": 6, "renorm_stddev": 2, "num_batches_tracked": 0}
+    assert state == {f"bn.{name}": value for name, value in expected.items()}
+    convert_file(tmp_path / "old", tmp_path / "new", epsilon=1e-3)
+    assert set(checkpoints.read(str(tmp_path / "new"))) == {
+        f"bn/{name}" for name in ("moving_mean", "moving_variance", "moving_stddev", "renorm_mean", "renorm_stddev")
+    }
+
+
 def test_within_one_framework_everything_else_stays_as_it_is(tmp_path: pathlib.Path) -> None:
     model = torch.nn.Sequential(torch.nn.Linear(3, FEATURES), torch.nn.BatchNorm1d(FEATURES)).bfloat16()
     model[1].float()

@@ -132,15 +132,21 @@ def _changed(model: Layer, pairs: Iterable[tuple[Layer, Layer]]) -> Layer:
         for name in COMPILED:
             if getattr(each, name, None) is not None:
                 setattr(each, name, None)  # traced with the layers as they were
+        if hasattr(each, "_torch_params"):  # PyTorch's view of the weights
+            each._track_variables()
     return model
 
 
 def _become(layer: Layer, new: Layer, general: set[str]) -> None:
     """Make a layer what another is, in its own place: what every layer has stays, but for how it is called."""
     layer._tracker.unlock()
+    scope = layer.moving_mean.path.rpartition("/")[0]
     for name in WEIGHTS:
-        if getattr(layer, name, None) is not None and getattr(new, name, None) is None:
-            layer._untrack_variable(getattr(layer, name))
+        old, value = getattr(layer, name, None), getattr(new, name, None)
+        if old is not None and value is None:
+            layer._untrack_variable(old)
+        elif value is not None:
+            value._path = f"{scope}/{name}"  # it was made outside of the model
     given = {name: value for name, value in vars(new).items() if name not in general and not name.startswith("_self_")}
     stays = {name for name in WEIGHTS if vars(layer).get(name) is not None and given.get(name) is not None}
     for name in list(vars(layer)):

@@ -19,7 +19,7 @@ lint: .venv/.installed
 
 bench: .venv/.installed
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[bench]"
-	for framework in tensorflow pytorch numpy; do $(BIN)/python -m benchmarks $$framework --update-docs || exit 1; done
+	for framework in tensorflow pytorch numpy jax; do $(BIN)/python -m benchmarks $$framework --update-docs || exit 1; done
 
 format: .venv/.installed
 	$(BIN)/ruff check --fix .

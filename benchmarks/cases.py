@@ -107,7 +107,7 @@ def cases(framework: str, quick: bool) -> list[Case]:
             found += [Case(network, shape, axis, dtype, mode) for mode in ("forward", "step", "inference")]
         if network != "ResNet-50" or axis == usual:
             legal = OPTIONS if len(shape) > 2 else OPTIONS[:-1]
-            if framework in ("pytorch", "numpy"):
+            if framework != "tensorflow":
                 legal = (*legal, *COUNTING)
             if framework == "pytorch" and network == "tabular":
                 legal = (*legal, "virtual batches of 128")

@@ -24,7 +24,7 @@ CHOSEN = (
     ("pytorch", "renorm", "torchrl", {"option": "renorm"}),
     ("tensorflow", "plain", "the original", {"layout": "features last"}),
     ("tensorflow", "virtual batches", "the original", {"option": "virtual batches"}),
-    ("numpy", "plain", "by hand", {"layout": "features last"}),
+    ("jax", "plain", "flax", {"layout": "features last"}),
 )
 """The lines of the README: framework, name, peer, and which rows, of training steps on ResNet-50's shapes."""
 

@@ -134,15 +134,15 @@ class ChannelsFirst {
     for (int64_t i = v.group_rows(group) - 1; i >= 0; i--) {  // backwards: the end is what the cache still has
       auto at = arrays.at(place(group, i, part.begin_feature));
       if (weighs) row.read(positions_, group, i, v.inner);
+      if (!weighs || row.plain()) {
+        map_runs<Formula, E>(at, part.features(), v.inner, past_, coefficients);
+        continue;
+      }
       for (int64_t c = 0; c < part.features(); c++, at = at.at(v.inner)) {
-        Value by[Formula::COEFFICIENTS];
-        for (int k = 0; k < Formula::COEFFICIENTS; k++) by[k] = coefficients[k][c];
-        if (!weighs || row.plain()) {
-          map_run<Formula, E>(at, v.inner, past_, by);
-          continue;
-        }
+        Value* by[Formula::COEFFICIENTS];
+        for (int k = 0; k < Formula::COEFFICIENTS; k++) by[k] = coefficients[k] + c;
         auto write = [&](const auto& from, int64_t n, auto formula) {
-          map_run<decltype(formula), E>(from, n, past_, by);
+          map_runs<decltype(formula), E>(from, 1, n, past_, by);
         };
         each_stretch<Formula>(at, row, v.inner, write, [&](const auto& from, int64_t n, auto formula) {
           if (positions_.zeroed())

@@ -32,8 +32,9 @@ V everything(V v) {
 
 // Adds the formula's terms to the elements of two sums.
 template <class Formula, class E>
-void sum_run(const typename Formula::template From<E>& from, int64_t n, typename E::Value origin,
-             typename E::Vector& first, typename E::Vector& second) {
+[[gnu::always_inline]] inline void sum_run(const typename Formula::template From<E>& from, int64_t n,
+                                           typename E::Value origin, typename E::Vector& first,
+                                           typename E::Vector& second) {
   using L = VectorLanes<E>;
   using V = typename E::Vector;
   if (n < W) {
@@ -59,48 +60,67 @@ void sum_run(const typename Formula::template From<E>& from, int64_t n, typename
   second = other;
 }
 
-// Stores what the formula makes of each value, which may lie where it is stored.
+// Stores what the formula makes of `runs` runs of n values, which may lie where it is stored. All lie side by side, and
+// several have at least two vectors each: so vectors are stored from where one is aligned, and lanes of one where two
+// runs meet have the coefficients of their own.
 template <class Formula, class E>
-void map_run(const typename Formula::template From<E>& arrays, int64_t n, bool past,
-             const typename E::Value (&coefficients)[Formula::COEFFICIENTS]) {
+void map_runs(const typename Formula::template From<E>& arrays, int64_t runs, int64_t n, bool past,
+              typename E::Value* const (&coefficients)[Formula::COEFFICIENTS]) {
+  using L = VectorLanes<E>;
   using V = typename E::Vector;
+  constexpr int K = Formula::COEFFICIENTS;
   constexpr int64_t UNIT = most<int64_t>(W, PER_LINE<E>);
   auto* out = arrays.out;
-  if (n < W) {
-    for (int64_t i = 0; i < n; i++)
-      E::store_single(out + i, Formula::template map<SingleLane<E>>(arrays, i, coefficients));
+  const int64_t size = runs * n;
+  if (size < W) {
+    typename E::Value by[K];
+    for (int k = 0; k < K; k++) by[k] = *coefficients[k];
+    for (int64_t i = 0; i < size; i++) E::store_single(out + i, Formula::template map<SingleLane<E>>(arrays, i, by));
     return;
   }
-  V by[Formula::COEFFICIENTS];
-  for (int k = 0; k < Formula::COEFFICIENTS; k++) by[k] = VectorLanes<E>::all(coefficients[k]);
-  auto map = [&](int64_t i) { return Formula::template map<VectorLanes<E>>(arrays, i, by); };
-  auto write = [&](int64_t i, int64_t end, auto to) {
-    for (; i + WAYS * W <= end; i += WAYS * W) {
-      V v[WAYS];
-      for (int k = 0; k < WAYS; k++) v[k] = map(i + k * W);
-      for (int k = 0; k < WAYS; k++) to.store(out + i + k * W, v[k]);
-    }
-    for (; i + W <= end; i += W) to.store(out + i, map(i));
+  struct By {
+    V of[K];
   };
-  V last = map(n - W);  // before what it overlaps is written
-  int64_t first = 0, lines = 0;
-  if (past && n >= 4 * WAYS * W) {
-    while (first < PER_LINE<E> && !begins_line(out + first)) first++;
-    if (first < PER_LINE<E>) lines = (n - first - UNIT) / UNIT * UNIT;
-  }
-  if (lines == 0) {
-    write(0, n, ToCaches<E>{});
-  } else {
-    if (first > 0) {
-      if (first < W) first += UNIT, lines -= UNIT;
-      V before = map(first - W);
-      write(0, first, ToCaches<E>{});
-      E::store(out + first - W, before);
+  const typename E::Value* all[K];
+  for (int k = 0; k < K; k++) all[k] = coefficients[k];
+  auto of_run = [&](int64_t run) {
+    By by;
+    for (int k = 0; k < K; k++) by.of[k] = L::all(all[k][run]);
+    return by;
+  };
+  auto map = [&](int64_t i, const By& by) { return Formula::template map<L>(arrays, i, by.of); };
+  auto write = [&](int64_t i, int64_t end, auto to) {
+    for (int64_t run = i / n; i < end; run++) {
+      const By by = of_run(run);
+      int64_t left = (run + 1) * n - i, whole = least(end, i + left / W * W);
+      left -= whole - i;
+      for (; i + WAYS * W <= whole; i += WAYS * W) {
+        V v[WAYS];
+        for (int k = 0; k < WAYS; k++) v[k] = map(i + k * W, by);
+        for (int k = 0; k < WAYS; k++) to.store(out + i + k * W, v[k]);
+      }
+      for (; i < whole; i += W) to.store(out + i, map(i, by));
+      if (left == 0 || i == end) continue;
+      By both = of_run(run + 1);
+      for (int k = 0; k < K; k++) both.of[k] = first_of(by.of[k], left, both.of[k]);
+      to.store(out + i, map(i, both));
+      i += W;
     }
-    write(first, first + lines, PastCaches<E>{});
-    write(first + lines, n, ToCaches<E>{});
+  };
+  const V head = map(0, of_run(0)), tail = map(size - W, of_run(runs - 1));  // before what they overlap is written
+  int64_t line = 0;
+  while (line < PER_LINE<E> && !begins_line(out + line)) line++;
+  int64_t begin = line % W, end = size - (size - begin) % W;
+  if (past && line < PER_LINE<E> && size >= 4 * WAYS * W) {
+    int64_t lines_end = size - (size - line) % UNIT;
+    write(begin, line, ToCaches<E>{});
+    write(line, lines_end, PastCaches<E>{});
+    write(lines_end, end, ToCaches<E>{});
+  } else {
+    write(begin, end, ToCaches<E>{});
   }
-  E::store(out + n - W, last);
+  E::store(out, head);
+  E::store(out + size - W, tail);
 }
 
 // ---- Rows: one value of every column side by side, at most ROWS of them, which may lie apart. Sums over them are
@@ -232,7 +252,7 @@ void few_rows_moments(const Arrays<E, 1>* rows, int64_t n, int64_t columns, doub
   });
 }
 
-// Stores what the formula makes of each value, with coefficients by column, as map_run.
+// Stores what the formula makes of each value, with coefficients by column, as map_runs.
 template <class Formula, class E>
 [[gnu::noinline]] void map_rows(const typename Formula::template From<E>* rows, int64_t n, int64_t columns, bool past,
                                 typename E::Value* const (&coefficients)[Formula::COEFFICIENTS]) {

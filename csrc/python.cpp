@@ -16,6 +16,7 @@
 #include <optional>
 #include <string>
 
+#include "boundary.hpp"
 #include "kernels.hpp"
 #include "processors.hpp"
 #include "threads.hpp"
@@ -49,15 +50,6 @@ nb::dlpack::dtype element_of(Type type) {
   }
 }
 
-// Whether sizes can be told in bytes without overflow.
-bool countable(const View& v) {
-  constexpr int64_t LARGEST = INT64_MAX / 64;
-  int64_t values, statistics;
-  return !__builtin_mul_overflow(v.rows > 1 ? v.rows : 1, v.features, &values) &&
-         !__builtin_mul_overflow(values, v.inner, &values) && values <= LARGEST &&
-         !__builtin_mul_overflow(v.groups, v.features, &statistics) && statistics <= LARGEST;
-}
-
 // GOMP_parallel of the process, where a caller has found it.
 OpenMP openmp = nullptr;
 
@@ -70,13 +62,7 @@ struct Kernel {
   Kernel(int64_t rows, int64_t groups, int64_t span, int64_t features, int64_t inner, bool grouped_parameters,
          const std::string& dtype, double epsilon)
       : view{rows, groups, span, features, inner, grouped_parameters}, type(type_named(dtype)), epsilon(epsilon) {
-    if (rows < 0 || groups < 1 || span < 1 || features < 1 || inner < 1)
-      refuse("a view must have rows >= 0, and groups, span, features and inner >= 1");
-    if (!countable(view)) refuse("a view must have fewer than 2**57 values and statistics");
-    if (rows % span) refuse("rows must be a multiple of span");
-    if (rows > 0 && rows / span < groups) refuse("rows must be at least groups * span");
-    if (grouped_parameters && view.uneven())
-      refuse("rows must be a multiple of groups * span for groups of parameters");
+    if (const char* wrong = fault(view)) refuse(wrong);
     if (!(epsilon >= 0) || std::isinf(epsilon)) refuse("epsilon must be finite and at least 0");
   }
 

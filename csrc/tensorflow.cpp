@@ -10,6 +10,7 @@
 #include <exception>
 #include <string>
 
+#include "boundary.hpp"
 #include "kernels.hpp"
 #include "threads.hpp"
 
@@ -28,7 +29,7 @@ namespace {
 
 using namespace batchnorm;
 
-enum DataType { FLOAT = 1, DOUBLE = 2, BFLOAT16 = 14, HALF = 19 };
+enum DataType { FLOAT = 1, DOUBLE = 2, BOOL = 10, BFLOAT16 = 14, HALF = 19 };
 constexpr int INVALID_ARGUMENT = 3, RESOURCE_EXHAUSTED = 8;
 
 void* found(const char* name) {
@@ -61,7 +62,6 @@ TF_FUNCTION(TF_KernelBuilder*, TF_NewKernelBuilder, const char*, const char*, vo
             void (*)(void*, TF_OpKernelContext*), void (*)(void*))
 TF_FUNCTION(void, TF_KernelBuilder_TypeConstraint, TF_KernelBuilder*, const char*, int, TF_Status*)
 TF_FUNCTION(void, TF_RegisterKernelBuilder, const char*, TF_KernelBuilder*, TF_Status*)
-TF_FUNCTION(void, TF_OpKernelConstruction_GetAttrInt64, TF_OpKernelConstruction*, const char*, int64_t*, TF_Status*)
 TF_FUNCTION(void, TF_OpKernelConstruction_GetAttrType, TF_OpKernelConstruction*, const char*, int*, TF_Status*)
 TF_FUNCTION(void, TF_OpKernelConstruction_Failure, TF_OpKernelConstruction*, TF_Status*)
 TF_FUNCTION(void, TF_OpKernelContext_Failure, TF_OpKernelContext*, TF_Status*)
@@ -83,15 +83,12 @@ struct Status {
   bool ok() const { return TF_GetCode(raw) == 0; }
 };
 
-// Attributes of an operation of the graph.
-struct Attributes {
-  int type, statistics;
-  int64_t first, last;              // feature axes
-  int64_t apart_first, apart_last;  // more of them, which lie before others, or -1
-  int64_t virtual_batch_size;       // or 0
+// Types of an operation of the graph: of x, of statistics, of weights.
+struct Types {
+  int x, statistics, weights;
 
   Type element() const {
-    switch (type) {
+    switch (x) {
       case DOUBLE: return Type::float64;
       case HALF: return Type::float16;
       case BFLOAT16: return Type::bfloat16;
@@ -102,23 +99,19 @@ struct Attributes {
 
 void* create(TF_OpKernelConstruction* construction) {
   Status status;
-  auto* attributes = new Attributes;
-  TF_OpKernelConstruction_GetAttrType(construction, "T", &attributes->type, status.raw);
-  TF_OpKernelConstruction_GetAttrType(construction, "U", &attributes->statistics, status.raw);
-  TF_OpKernelConstruction_GetAttrInt64(construction, "first", &attributes->first, status.raw);
-  TF_OpKernelConstruction_GetAttrInt64(construction, "last", &attributes->last, status.raw);
-  TF_OpKernelConstruction_GetAttrInt64(construction, "apart_first", &attributes->apart_first, status.raw);
-  TF_OpKernelConstruction_GetAttrInt64(construction, "apart_last", &attributes->apart_last, status.raw);
-  TF_OpKernelConstruction_GetAttrInt64(construction, "virtual_batch_size", &attributes->virtual_batch_size, status.raw);
+  auto* types = new Types;
+  TF_OpKernelConstruction_GetAttrType(construction, "T", &types->x, status.raw);
+  TF_OpKernelConstruction_GetAttrType(construction, "U", &types->statistics, status.raw);
+  TF_OpKernelConstruction_GetAttrType(construction, "W", &types->weights, status.raw);
   if (!status.ok()) TF_OpKernelConstruction_Failure(construction, status.raw);
-  return attributes;
+  return types;
 }
-void destroy(void* kernel) { delete static_cast<Attributes*>(kernel); }
+void destroy(void* kernel) { delete static_cast<Types*>(kernel); }
 
 // The tensors of one computation, freed at its end; the first thing that is wrong fails it.
 class Computation {
  public:
-  Computation(TF_OpKernelContext* context, const Attributes& attributes) : context_(context), a_(attributes) {}
+  Computation(TF_OpKernelContext* context, const Types& types) : context_(context), types_(types) {}
   Computation(const Computation&) = delete;
   ~Computation() {
     for (int i = 0; i < count_; i++) TF_DeleteTensor(tensors_[i]);
@@ -140,23 +133,51 @@ class Computation {
     }
   }
 
-  // The first input tells how everything is seen.
-  const void* input(int i) {
+  // x, and how it is seen.
+  const void* seen(int i, int as) {
+    TF_Tensor *x = take(i), *tensor = take(as);
+    if (tensor == nullptr) return nullptr;
+    rank_ = TF_NumDims(x);
+    size_ = TF_TensorElementCount(x);
+    if (rank_ > MOST) return refuse("x must have a rank of at most 24"), nullptr;
+    for (int axis = 0; axis < rank_; axis++) shape_[axis] = TF_Dim(x, axis);
+    if (TF_TensorElementCount(tensor) != 6) return refuse("view must have 6 elements"), nullptr;
+    const auto* numbers = static_cast<const int64_t*>(TF_TensorData(tensor));
+    view = {numbers[0], numbers[1], numbers[2], numbers[3], numbers[4], numbers[5] != 0};
+    if (size_ == 0) {  // an empty batch has no virtual batches, either
+      for (int k = 0; k < 5; k++)
+        if (numbers[k] < 0) refuse("a view must have sizes of at least 0");
+      if (!countable(view)) refuse("a view must have fewer than 2**57 values and statistics");
+    } else if (const char* wrong = fault(view)) {
+      refuse(wrong);
+    }
+    if (ok() && view.size() != size_) refuse("x must have the size of its view");
+    return ok() ? TF_TensorData(x) : nullptr;
+  }
+  const void* upstream(int i) {
     TF_Tensor* tensor = take(i);
     if (tensor == nullptr) return nullptr;
-    if (i == 0) {
-      look(tensor);
-    } else if (TF_TensorElementCount(tensor) != size_) {
-      refuse("dy must have the shape of x");
-    }
+    if (TF_TensorElementCount(tensor) != size_) refuse("dy must have the shape of x");
     return TF_TensorData(tensor);
   }
+  // What positions weigh; with no elements all weigh 1.
+  Weights weights(int i) {
+    Values found = numbers(i, size_ == 0 ? 0 : view.positions(), "weights");
+    Weights::Kind kind = types_.weights == BOOL     ? Weights::bytes
+                         : types_.weights == DOUBLE ? Weights::doubles
+                                                    : Weights::floats;
+    return {found.data, kind};
+  }
 
-  // Means or variances, which are double whatever the type: a float that holds a mean loses what the gradient wants.
+  // Means, variances or counts, double whatever the type: a float that holds a mean loses what the gradient wants.
   Values moments(int i, int64_t count, const char* name) { return {numbers(i, count, name, false).data, true}; }
   Values output_moments(int i) {
     int64_t shape[2] = {view.groups, view.features};
     return {allocate(i, DOUBLE, shape, 2, 8), true};
+  }
+  Values output_count(int i) {
+    int64_t count = view.virtual_batches();
+    return {allocate(i, DOUBLE, &count, 1, 8), true};
   }
 
   // An input with a number of elements, or with none, which stands for an absent one.
@@ -170,10 +191,10 @@ class Computation {
              std::to_string(found));
       return {};
     }
-    return {TF_TensorData(tensor), a_.statistics == DOUBLE};
+    return {TF_TensorData(tensor), types_.statistics == DOUBLE};
   }
 
-  void* output(int i) { return allocate(i, a_.type, shape_, rank_, size_of(a_.element())); }
+  void* output(int i) { return allocate(i, types_.x, shape_, rank_, size_of(types_.element())); }
   // The same, in the memory of an input of that size if nobody else needs it any more. `data` is where that input lies.
   void* output_over(int i, int candidate, const void** data) {
     if (!ok()) return nullptr;
@@ -182,12 +203,12 @@ class Computation {
         TF_ForwardInputOrAllocateOutput(context_, &candidate, 1, i, shape_, rank_, &forwarded, status_.raw);
     if (!ok()) return nullptr;
     tensors_[count_++] = tensor;
-    *data = forwarded == candidate ? TF_TensorData(tensor) : input(candidate);
+    *data = forwarded == candidate ? TF_TensorData(tensor) : upstream(candidate);
     return TF_TensorData(tensor);
   }
   Values output_numbers(int i, int64_t count) {
-    bool doubles = a_.statistics == DOUBLE;
-    return {allocate(i, a_.statistics, &count, 1, doubles ? 8 : 4), doubles};
+    bool doubles = types_.statistics == DOUBLE;
+    return {allocate(i, types_.statistics, &count, 1, doubles ? 8 : 4), doubles};
   }
 
   View view{};
@@ -214,38 +235,8 @@ class Computation {
     return TF_TensorData(tensor);
   }
 
-  void look(const TF_Tensor* x) {
-    rank_ = TF_NumDims(x);
-    size_ = TF_TensorElementCount(x);
-    if (rank_ > MOST || a_.first < 0 || a_.last >= rank_ || a_.first > a_.last)
-      return refuse("feature axes must be among those of x");
-    for (int axis = 0; axis < rank_; axis++) shape_[axis] = TF_Dim(x, axis);
-    view = {1, 1, 1, 1, 1};
-    int64_t within = 1;  // values of a sample before its features
-    for (int axis = 0; axis < a_.first; axis++) {
-      view.rows *= shape_[axis];
-      if (axis > 0) within *= shape_[axis];
-    }
-    for (int64_t axis = a_.first; axis <= a_.last; axis++) view.features *= shape_[axis];
-    for (int64_t axis = a_.last + 1; axis < rank_; axis++) view.inner *= shape_[axis];
-    if (int64_t size = a_.virtual_batch_size) {
-      if (a_.first == 0) return refuse("virtual batches need a batch axis");
-      if (shape_[0] % size)
-        return refuse("virtual_batch_size must divide the batch size in training; received a batch of " +
-                      std::to_string(shape_[0]) + " samples and virtual_batch_size=" + std::to_string(size));
-      view.groups = shape_[0] / size;
-      view.span = within;
-    } else if (a_.apart_first >= 0) {
-      if (a_.apart_first > a_.apart_last || a_.apart_last >= a_.first)
-        return refuse("feature axes that lie apart must come before the others");
-      for (int64_t axis = a_.apart_first; axis <= a_.apart_last; axis++) view.groups *= shape_[axis];
-      for (int64_t axis = a_.apart_last + 1; axis < a_.first; axis++) view.span *= shape_[axis];
-      view.grouped_parameters = true;
-    }
-  }
-
   TF_OpKernelContext* context_;
-  const Attributes& a_;
+  const Types& types_;
   Status status_;
   TF_Tensor* tensors_[MOST];
   int count_ = 0;
@@ -258,31 +249,35 @@ void zero(const Values& values, int64_t count) {
   for (int64_t i = 0; i < count; i++) values.set(i, 0);
 }
 
+// x, view, weights, factor, offset, renorm_mean, renorm_stddev, numbers -> y, mean, variance, count, r, d
 void forward(void* kernel, TF_OpKernelContext* context) {
-  const auto& attributes = *static_cast<Attributes*>(kernel);
-  Computation c(context, attributes);
+  const auto& types = *static_cast<Types*>(kernel);
+  Computation c(context, types);
   Forward p{};
-  p.type = attributes.element();
-  p.x = c.input(0);
+  p.type = types.element();
+  p.x = c.seen(0, 1);
   if (!c.ok()) return;
   int64_t parameters = c.view.parameters(), statistics = c.view.statistics();
-  p.factor = c.numbers(1, parameters, "factor");
-  p.offset = c.numbers(2, parameters, "offset");
-  p.renorm_mean = c.numbers(3, parameters, "renorm_mean");
-  p.renorm_stddev = c.numbers(4, parameters, "renorm_stddev");
-  Values numbers = c.numbers(5, 4, "numbers", false);
+  p.weights = c.weights(2);
+  p.factor = c.numbers(3, parameters, "factor");
+  p.offset = c.numbers(4, parameters, "offset");
+  p.renorm_mean = c.numbers(5, parameters, "renorm_mean");
+  p.renorm_stddev = c.numbers(6, parameters, "renorm_stddev");
+  Values numbers = c.numbers(7, 4, "numbers", false);
   p.y = c.output(0);
   p.mean = c.output_moments(1);
   p.variance = c.output_moments(2);
+  p.count = c.output_count(3);
   int64_t corrected = p.renorm_mean ? parameters : 0;
-  p.r = c.output_numbers(3, corrected);
-  p.d = c.output_numbers(4, corrected);
+  p.r = c.output_numbers(4, corrected);
+  p.d = c.output_numbers(5, corrected);
   if (!c.ok()) return;
   if (static_cast<bool>(p.renorm_mean) != static_cast<bool>(p.renorm_stddev))
     return c.refuse("renorm_mean and renorm_stddev go together");
   if (c.view.size() == 0) {  // an empty batch: nothing to compute, and no moments
     zero(p.mean, statistics);
     zero(p.variance, statistics);
+    zero(p.count, c.view.virtual_batches());
     zero(p.r, corrected);
     zero(p.d, corrected);
     return;
@@ -295,21 +290,24 @@ void forward(void* kernel, TF_OpKernelContext* context) {
   c.run(kernels().forward, p);
 }
 
+// x, dy, view, weights, numbers, mean, variance, count, factor, r, d -> dx, dfactor, doffset
 void backward(void* kernel, TF_OpKernelContext* context) {
-  const auto& attributes = *static_cast<Attributes*>(kernel);
-  Computation c(context, attributes);
+  const auto& types = *static_cast<Types*>(kernel);
+  Computation c(context, types);
   Backward p{};
-  p.type = attributes.element();
-  p.x = c.input(0);
+  p.type = types.element();
+  p.x = c.seen(0, 2);
   p.dx = c.output_over(0, 1, &p.dy);
   if (!c.ok()) return;
   int64_t parameters = c.view.parameters(), statistics = c.view.statistics();
-  Values numbers = c.numbers(2, 4, "numbers", false);
-  p.mean = c.moments(3, statistics, "mean");
-  p.variance = c.moments(4, statistics, "variance");
-  p.factor = c.numbers(5, parameters, "factor");
-  p.r = c.numbers(6, parameters, "r");
-  p.d = c.numbers(7, parameters, "d");
+  p.weights = c.weights(3);
+  Values numbers = c.numbers(4, 4, "numbers", false);
+  p.mean = c.moments(5, statistics, "mean");
+  p.variance = c.moments(6, statistics, "variance");
+  p.count = c.moments(7, c.view.virtual_batches(), "count");
+  p.factor = c.numbers(8, parameters, "factor");
+  p.r = c.numbers(9, parameters, "r");
+  p.d = c.numbers(10, parameters, "d");
   p.dfactor = c.output_numbers(1, parameters);
   p.doffset = c.output_numbers(2, parameters);
   if (!c.ok()) return;
@@ -340,8 +338,9 @@ void define(const char* name, const char* const (&inputs)[I], const char* const 
   TF_OpDefinitionBuilder* builder = TF_NewOpDefinitionBuilder(name);
   for (const char* input : inputs) TF_OpDefinitionBuilderAddInput(builder, input);
   for (const char* output : outputs) TF_OpDefinitionBuilderAddOutput(builder, output);
-  for (const char* attribute : {"T: {half, bfloat16, float, double}", "U: {float, double}", "first: int", "last: int",
-                                "apart_first: int", "apart_last: int", "virtual_batch_size: int >= 0"})
+  // The last two only say what it is, for derivatives.
+  for (const char* attribute : {"T: {half, bfloat16, float, double}", "U: {float, double}", "W: {bool, float, double}",
+                                "axes: list(int)", "virtual_batch_size: int >= 0"})
     TF_OpDefinitionBuilderAddAttr(builder, attribute);
   TF_OpDefinitionBuilderSetShapeInferenceFunction(builder, infer_shapes);
   TF_RegisterOpDefinition(builder, status.raw);
@@ -355,10 +354,13 @@ struct Registration {
     if (TF_NewStatus == nullptr || TF_AllocateOutput == nullptr || TF_ForwardInputOrAllocateOutput == nullptr ||
         TF_ShapeInferenceContextSetOutput == nullptr)
       return;
-    define("BatchnormForward", {"x: T", "factor: U", "offset: U", "renorm_mean: U", "renorm_stddev: U", "numbers: U"},
-           {"y: T", "mean: double", "variance: double", "r: U", "d: U"}, forward);
+    define("BatchnormForward",
+           {"x: T", "view: int64", "weights: W", "factor: U", "offset: U", "renorm_mean: U", "renorm_stddev: U",
+            "numbers: U"},
+           {"y: T", "mean: double", "variance: double", "count: double", "r: U", "d: U"}, forward);
     define("BatchnormBackward",
-           {"x: T", "dy: T", "numbers: U", "mean: double", "variance: double", "factor: U", "r: U", "d: U"},
+           {"x: T", "dy: T", "view: int64", "weights: W", "numbers: U", "mean: double", "variance: double",
+            "count: double", "factor: U", "r: U", "d: U"},
            {"dx: T", "dfactor: U", "doffset: U"}, backward);
   }
 } registration;

@@ -249,5 +249,15 @@ V keep_last(V v, int64_t n) {
 Floats last_of(Floats v, int64_t n) { return keep_last<Integers>(v, n); }
 Doubles last_of(Doubles v, int64_t n) { return keep_last<Longs>(v, n); }
 
+// The first n elements of one, the others of another.
+template <class Mask, class V>
+V first_then(V v, int64_t n, V then) {
+  Mask lanes;
+  for (int i = 0; i < W; i++) lanes[i] = i;
+  return lanes < static_cast<int>(n) ? v : then;
+}
+Floats first_of(Floats v, int64_t n, Floats then) { return first_then<Integers>(v, n, then); }
+Doubles first_of(Doubles v, int64_t n, Doubles then) { return first_then<Longs>(v, n, then); }
+
 }  // namespace
 }  // namespace batchnorm

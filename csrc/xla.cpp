@@ -8,7 +8,9 @@
 #include <cstring>
 #include <exception>
 #include <string>
+#include <vector>
 
+#include "boundary.hpp"
 #include "kernels.hpp"
 #include "threads.hpp"
 
@@ -17,7 +19,7 @@
 namespace xla {
 
 enum Stage : int32_t { EXECUTE = 3 };
-enum DataType : int32_t { S32 = 4, S64 = 5, F16 = 10, F32 = 11, F64 = 12, BF16 = 16 };
+enum DataType : int32_t { PRED = 1, S32 = 4, S64 = 5, F16 = 10, F32 = 11, F64 = 12, BF16 = 16 };
 enum Kind : int32_t { BUFFER = 1, SCALAR = 3 };
 enum Code : int32_t { INVALID_ARGUMENT = 3, RESOURCE_EXHAUSTED = 8, INTERNAL = 13 };
 enum Extended : int32_t { METADATA = 1 };
@@ -161,11 +163,9 @@ class Call {
     }
     view = {integer("rows"), integer("groups"), integer("span"), integer("features"), integer("inner")};
     view.grouped_parameters = integer("grouped_parameters") != 0;
-    if (view.rows < 1 || view.groups < 1 || view.span < 1 || view.features < 1 || view.inner < 1 ||
-        view.rows % (view.groups * view.span))
-      refuse("a view must have sizes of at least 1, and rows that are a multiple of groups * span");
+    if (const char* wrong = fault(view)) refuse(wrong);
     int64_t size = elements(x);
-    if (size < view.size() || size % view.size()) refuse("x must have the size of its view");
+    if (view.rows == 0 || size < view.size() || size % view.size()) refuse("x must have the size of its view");
     lead = size / view.size();
     epsilon = number("epsilon");
   }
@@ -185,6 +185,20 @@ class Call {
     if (found == 0 && optional) return {};
     if (found != lead * count) refuse("a statistic must have one element for each feature");
     return {buffer.data, doubles};
+  }
+
+  // What positions weigh: booleans, or real numbers; with no elements all weigh 1.
+  Weights weights(int64_t i) const {
+    const Buffer& buffer = *frame_.arguments.items[i];
+    int64_t found = elements(buffer);
+    if (found == 0) return {};
+    if (found != lead * view.positions()) refuse("weights must have one element for each position");
+    switch (buffer.type) {
+      case PRED: return {buffer.data, Weights::bytes};
+      case F32: return {buffer.data, Weights::floats};
+      case F64: return {buffer.data, Weights::doubles};
+      default: refuse("weights must be booleans, float32 or float64");
+    }
   }
 
   const Buffers& arguments() const { return frame_.arguments; }
@@ -225,9 +239,9 @@ class Call {
   const CallFrame& frame_;
 };
 
-// Several calls on whole batches are one, whose groups have parameters of their own.
-void join(Call& call) {
-  if (call.view.groups > 1 || call.lead == 1) return;
+// Several calls on whole batches are one, whose groups have parameters of their own. These would share their weights.
+void join(Call& call, const Weights& weights) {
+  if (call.view.groups > 1 || call.lead == 1 || weights) return;
   call.view.groups = call.lead;
   call.view.span = call.view.rows;
   call.view.rows *= call.lead;
@@ -236,36 +250,54 @@ void join(Call& call) {
 }
 
 Values at(const Values& values, int64_t i) { return values ? Values{values.at(i), values.doubles} : values; }
+Weights at(Weights weights, int64_t i) {
+  if (!weights) return weights;
+  int64_t size = weights.kind == Weights::bytes ? 1 : weights.kind == Weights::floats ? 4 : 8;
+  weights.data = static_cast<const char*>(weights.data) + i * size;
+  return weights;
+}
 void* at(const void* data, const Call& call, int64_t i) {
   return static_cast<char*>(const_cast<void*>(data)) + i * call.view.bytes(call.type);
 }
 
-// x, factor, offset, renorm_mean, renorm_stddev, limits -> y, mean, variance, r, d
+// x, weights, factor, offset, renorm_mean, renorm_stddev, limits -> y, mean, variance, rest, count, r, d
+//
+// The mean is mean + rest, for in one float it loses what gradients want; JAX has no double by default.
 void forward(const CallFrame& frame) {
-  Call call(frame, 6, 5);
+  Call call(frame, 7, 7);
   int64_t parameters = call.view.parameters(), statistics = call.view.statistics();
+  int64_t counts = call.view.virtual_batches(), positions = call.view.positions();
   const Buffers &in = call.arguments(), &out = call.results();
   Forward all{};
   all.type = call.type;
   all.epsilon = call.epsilon;
   all.x = call.values(in, 0);
   all.y = call.values(out, 0);
-  all.factor = call.numbers(in, 1, parameters);
-  all.offset = call.numbers(in, 2, parameters);
-  all.renorm_mean = call.numbers(in, 3, parameters);
-  all.renorm_stddev = call.numbers(in, 4, parameters);
-  Values limits = call.numbers(in, 5, 3);
-  all.mean = call.numbers(out, 1, statistics, false);
+  all.weights = call.weights(1);
+  all.factor = call.numbers(in, 2, parameters);
+  all.offset = call.numbers(in, 3, parameters);
+  all.renorm_mean = call.numbers(in, 4, parameters);
+  all.renorm_stddev = call.numbers(in, 5, parameters);
+  Values limits = call.numbers(in, 6, 3);
+  Values mean = call.numbers(out, 1, statistics, false), rest = call.numbers(out, 3, statistics, false);
+  std::vector<double> exact(static_cast<size_t>(call.lead * statistics));
+  all.mean = {exact.data(), true};
   all.variance = call.numbers(out, 2, statistics, false);
-  all.r = call.numbers(out, 3, parameters);
-  all.d = call.numbers(out, 4, parameters);
+  all.count = call.numbers(out, 4, counts, false);
+  all.r = call.numbers(out, 5, parameters);
+  all.d = call.numbers(out, 6, parameters);
   bool renorm = static_cast<bool>(all.renorm_mean);
   for (bool given : {static_cast<bool>(all.renorm_stddev), static_cast<bool>(limits), static_cast<bool>(all.r),
                      static_cast<bool>(all.d)})
     if (given != renorm) refuse("what renorm needs goes together");
+  if (!all.weights) {  // of calls that become one, each has a count
+    for (int64_t i = 0; i < call.lead * counts; i++)
+      all.count.set(i, static_cast<double>(call.view.group_rows(i % counts) * call.view.inner));
+    all.count = {};
+  }
   bool same = true;
   for (int64_t i = 3; limits && i < 3 * call.lead; i++) same = same && limits.get(i) == limits.get(i % 3);
-  if (same) join(call);
+  if (same) join(call, all.weights);
   all.view = call.view;
   for (int64_t i = 0; i < call.lead; i++) {
     Forward p = all;
@@ -276,15 +308,23 @@ void forward(const CallFrame& frame) {
       p.*field = at(all.*field, i * parameters);
     p.mean = at(all.mean, i * statistics);
     p.variance = at(all.variance, i * statistics);
+    p.weights = at(all.weights, i * positions);
+    p.count = at(all.count, i * counts);
     if (renorm) p.rmin = limits.get(3 * i), p.rmax = limits.get(3 * i + 1), p.dmax = limits.get(3 * i + 2);
     kernels().forward(p);
   }
+  for (size_t i = 0; i < exact.size(); i++) {
+    auto k = static_cast<int64_t>(i);
+    mean.set(k, exact[i]);
+    rest.set(k, exact[i] - mean.get(k));
+  }
 }
 
-// x, dy, mean, variance, factor, r, d -> dx, dfactor, doffset
+// x, dy, weights, mean, variance, rest, count, factor, r, d -> dx, dfactor, doffset
 void backward(const CallFrame& frame) {
-  Call call(frame, 7, 3);
+  Call call(frame, 10, 3);
   int64_t parameters = call.view.parameters(), statistics = call.view.statistics();
+  int64_t counts = call.view.virtual_batches(), positions = call.view.positions();
   const Buffers &in = call.arguments(), &out = call.results();
   Backward all{};
   all.type = call.type;
@@ -292,15 +332,23 @@ void backward(const CallFrame& frame) {
   all.x = call.values(in, 0);
   all.dy = call.values(in, 1);
   all.dx = call.values(out, 0);
-  all.mean = call.numbers(in, 2, statistics, false);
-  all.variance = call.numbers(in, 3, statistics, false);
-  all.factor = call.numbers(in, 4, parameters);
-  all.r = call.numbers(in, 5, parameters);
-  all.d = call.numbers(in, 6, parameters);
+  all.weights = call.weights(2);
+  Values mean = call.numbers(in, 3, statistics, false), rest = call.numbers(in, 5, statistics, false);
+  std::vector<double> exact(static_cast<size_t>(call.lead * statistics));
+  for (size_t i = 0; i < exact.size(); i++) {
+    auto k = static_cast<int64_t>(i);
+    exact[i] = mean.get(k) + rest.get(k);
+  }
+  all.mean = {exact.data(), true};
+  all.variance = call.numbers(in, 4, statistics, false);
+  all.count = call.numbers(in, 6, counts, false);
+  all.factor = call.numbers(in, 7, parameters);
+  all.r = call.numbers(in, 8, parameters);
+  all.d = call.numbers(in, 9, parameters);
   all.dfactor = call.numbers(out, 1, parameters);
   all.doffset = call.numbers(out, 2, parameters);
   if (static_cast<bool>(all.r) != static_cast<bool>(all.d)) refuse("r and d go together");
-  join(call);
+  join(call, all.weights);
   all.view = call.view;
   for (int64_t i = 0; i < call.lead; i++) {
     Backward p = all;
@@ -312,6 +360,8 @@ void backward(const CallFrame& frame) {
       p.*field = at(all.*field, i * parameters);
     p.mean = at(all.mean, i * statistics);
     p.variance = at(all.variance, i * statistics);
+    p.weights = at(all.weights, i * positions);
+    p.count = at(all.count, i * counts);
     kernels().backward(p);
   }
 }

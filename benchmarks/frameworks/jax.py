@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
+import importlib
 import os
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -27,7 +28,7 @@ __all__ = ["KEEPS_MEMORY", "PEERS", "TITLE", "array", "configure", "contenders",
 
 TITLE = "JAX"
 KEEPS_MEMORY = False
-PEERS = ("flax", "flax, exact", "sbx")
+PEERS = ("flax", "flax, exact", "sbx", "batchnorm, composed")
 LIMITS = {"rmin": 1 / 3, "rmax": 3.0, "dmax": 5.0}
 
 
@@ -58,6 +59,11 @@ def _axis(case: Case) -> int | tuple[int, ...]:
     if case.option == "two axes":
         return (1, 2) if case.axis == -1 else (1, len(case.shape) - 1)
     return case.axis
+
+
+def _virtual_batch_size(case: Case) -> int | None:
+    size = min(8, case.shape[0])
+    return (size - 1 if "uneven" in case.option else size) if "virtual" in case.option else None
 
 
 def _run(norm: Callable[..., Any], case: Case, parameters: Any, statistics: Any) -> Callable[[], list[Any]]:
@@ -107,7 +113,8 @@ def _ours(case: Case, fused: bool | None = None) -> Contender:
             training=training,
             axis=axis,
             renorm_clipping=LIMITS if renorm else None,
-            virtual_batch_size=min(8, case.shape[0]) if "virtual" in case.option else None,
+            virtual_batch_size=_virtual_batch_size(case),
+            mask=None if case.mask is None else jnp.expand_dims(case.mask, case.axis),
             adjustment=pair if training else None,
             fused=fused,
         )
@@ -137,6 +144,12 @@ def _linen(name: str, layer: Any, case: Case, **state: Any) -> Contender:
     return Contender(name, _run(norm, case, parameters, statistics | state))
 
 
+def _sbx() -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of a package that sbx imports
+        return importlib.import_module("sbx.common.jax_layers").BatchRenorm
+
+
 def contenders(case: Case) -> tuple[list[Contender], Contender]:
     """Make the contenders of a case, ours first, and the floor: what reading and writing the data takes alone."""
     x, dy = _data(case.shape, case.dtype)
@@ -146,10 +159,8 @@ def contenders(case: Case) -> tuple[list[Contender], Contender]:
         found.append(_ours(case, fused=False))
         found.append(_linen("flax", nn.BatchNorm(**options), case))
         found.append(_linen("flax, exact", nn.BatchNorm(use_fast_variance=False, **options), case))
-    if case.option == "renorm" and importlib.util.find_spec("sbx") is not None:
-        from sbx.common.jax_layers import BatchRenorm
-
-        layer = BatchRenorm(epsilon=1e-5, **options)
+    if case.option == "renorm":
+        layer = _sbx()(epsilon=1e-5, **options)
         found.append(_linen("sbx", layer, case, r_max=3, d_max=5, steps=200_000))
 
     @jax.jit

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -29,13 +30,15 @@ class Arrays:
         return np.asarray(value)
 
 
-def _numpy() -> Arrays:
+@contextlib.contextmanager
+def _numpy() -> Iterator[Arrays]:
     from batchnorm.numpy import namespace
 
-    return Arrays("numpy", namespace, np.asarray)
+    yield Arrays("numpy", namespace, np.asarray)
 
 
-def _array_api_strict() -> Arrays:
+@contextlib.contextmanager
+def _array_api_strict() -> Iterator[Arrays]:
     """The standard's own arrays, which refuse whatever is not in it; three verbs are not, or not for numbers."""
     import array_api_strict as strict
 
@@ -51,10 +54,11 @@ def _array_api_strict() -> Arrays:
     names = ("broadcast_to", "concat", "isfinite", "maximum", "minimum", "ones_like", "reshape", "sqrt", "sum")
     verbs = {name: getattr(strict, name) for name in names}
     verbs |= {"astype": astype, "where": where, "shape": lambda x, /: x.shape, "stop_gradient": lambda x, /: x}
-    return Arrays("array_api_strict", types.SimpleNamespace(**verbs), strict.asarray)
+    yield Arrays("array_api_strict", types.SimpleNamespace(**verbs), strict.asarray)
 
 
-def _tensorflow() -> Arrays:
+@contextlib.contextmanager
+def _tensorflow() -> Iterator[Arrays]:
     import tensorflow as tf
 
     from batchnorm.tensorflow import namespace
@@ -67,10 +71,11 @@ def _tensorflow() -> Arrays:
         return found
 
     # An array on the way, for a Python float would be a float32.
-    return Arrays("tensorflow", namespace, lambda value: tf.constant(np.asarray(value)), vjp)
+    yield Arrays("tensorflow", namespace, lambda value: tf.constant(np.asarray(value)), vjp)
 
 
-def _torch() -> Arrays:
+@contextlib.contextmanager
+def _torch() -> Iterator[Arrays]:
     import torch
 
     from batchnorm.torch import namespace
@@ -79,19 +84,33 @@ def _torch() -> Arrays:
         leaves = [value.clone().requires_grad_() for value in at]
         return list(torch.autograd.grad(function(*leaves), leaves, dy))
 
-    return Arrays("torch", namespace, lambda value: torch.as_tensor(np.asarray(value)), vjp)
+    yield Arrays("torch", namespace, lambda value: torch.as_tensor(np.asarray(value)), vjp)
 
 
+@contextlib.contextmanager
+def _jax() -> Iterator[Arrays]:
+    import jax
+
+    from batchnorm.jax import namespace
+
+    def vjp(function: Callable[..., Any], at: list[Any], dy: Any) -> list[Any]:
+        return list(jax.vjp(function, *at)[1](dy))
+
+    with jax.enable_x64(True):
+        yield Arrays("jax", namespace, lambda value: jax.numpy.asarray(np.asarray(value)), vjp)
+
+
+# Of a module and not of the session, for JAX's wide types are not to stay for tests of other modules.
 @pytest.fixture(
-    scope="session", params=[_numpy, _array_api_strict, _tensorflow, _torch], ids=lambda make: make.__name__[1:]
+    scope="module", params=[_numpy, _array_api_strict, _tensorflow, _torch, _jax], ids=lambda make: make.__name__[1:]
 )
-def xp(request: pytest.FixtureRequest) -> Arrays:
-    arrays: Arrays = request.param()
-    return arrays
+def xp(request: pytest.FixtureRequest) -> Iterator[Arrays]:
+    with request.param() as arrays:
+        yield arrays
 
 
-@pytest.fixture(scope="session", params=[_tensorflow, _torch], ids=lambda make: make.__name__[1:])
-def differentiating(request: pytest.FixtureRequest) -> Arrays:
+@pytest.fixture(scope="module", params=[_tensorflow, _torch, _jax], ids=lambda make: make.__name__[1:])
+def differentiating(request: pytest.FixtureRequest) -> Iterator[Arrays]:
     """The namespaces that differentiate by themselves."""
-    arrays: Arrays = request.param()
-    return arrays
+    with request.param() as arrays:
+        yield arrays

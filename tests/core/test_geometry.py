@@ -238,6 +238,13 @@ def test_what_lies_too_far_apart_is_not_for_the_kernels_and_uneven_groups_are() 
     assert plan((7, 3), -1, 3).whole.view((7, 3)) == View(7, 1, 1, 3, 1)
 
 
+@pytest.mark.parametrize(("axis", "size"), [(1, None), (-1, 3), ((1, 3), None)])
+def test_sizes_that_are_known_later_are_numbers_of_the_view(axis: int | tuple[int, ...], size: int | None) -> None:
+    geometry = plan((None, 4, None, 2), axis, size)
+    later = [np.int64(6), 4, np.int64(5), 2]  # which are no ints, as little as a symbol is
+    assert geometry.view(later) == geometry.view((6, 4, 5, 2))
+
+
 @pytest.mark.parametrize(
     ("shape", "axis", "size", "message"),
     [

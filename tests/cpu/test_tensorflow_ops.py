@@ -24,12 +24,13 @@ from tests.cpu.cases import *
 ops = tf.load_op_library(batchnorm.cpu.binding('tensorflow'))
 
 
-def attributes(first, last, apart=(-1, -1), size=0):
-    return dict(first=first, last=last, apart_first=apart[0], apart_last=apart[1], virtual_batch_size=size)
-
-
 def floats(values, kind):
     return tf.reshape(tf.constant([] if values is None else values, kind), [-1])
+
+
+def seen(view, weights=None):
+    weights = tf.constant([], tf.bool) if weights is None else tf.constant(weights)
+    return dict(view=[int(n) for n in view], weights=weights, axes=[], virtual_batch_size=0)
 
 
 def op_forward(x, o, kind, at):
@@ -40,11 +41,13 @@ def op_forward(x, o, kind, at):
         numbers=floats([EPSILON, *o.limits], kind), **at)
 
 
-def op_backward(x, dy, forward, o, kind, at):
+def op_backward(x, dy, forward, o, kind, at, count=None):
+    if count is None:
+        count = np.ones(1 if at["view"][5] else at["view"][1])
     return ops.batchnorm_backward(
         x=tf.constant(x), dy=dy, numbers=floats([EPSILON, *o.limits], kind), mean=tf.reshape(forward.mean, [-1]),
-        variance=tf.reshape(forward.variance, [-1]), factor=floats(o.factor, kind), r=floats(forward.r, kind),
-        d=floats(forward.d, kind), **at)
+        variance=tf.reshape(forward.variance, [-1]), count=count, factor=floats(o.factor, kind),
+        r=floats(forward.r, kind), d=floats(forward.d, kind), **at)
 
 
 def refused(message, call, *arguments, **named):
@@ -72,20 +75,21 @@ def run(code: str) -> None:
 
 
 CASES: dict[str, Any] = {
-    "features last": ((6, 4, 5, 7), (3, 3), (-1, -1), 0, "View(120, 1, 1, 7, 1)"),
-    "features first": ((6, 7, 4, 5), (1, 1), (-1, -1), 0, "View(6, 1, 1, 7, 20)"),
-    "two axes side by side": ((6, 7, 4, 5), (1, 2), (-1, -1), 0, "View(6, 1, 1, 28, 5)"),
-    "two axes apart": ((6, 7, 4, 5), (3, 3), (1, 1), 0, "View(168, 7, 4, 5, 1, True)"),
-    "virtual batches": ((6, 4, 5), (2, 2), (-1, -1), 2, "View(24, 3, 4, 5, 1)"),
-    "large": ((64, 16, 31, 33), (1, 1), (-1, -1), 0, "View(64, 1, 1, 16, 1023)"),
+    "features last": ((6, 4, 5, 7), "View(120, 1, 1, 7, 1)"),
+    "features first": ((6, 7, 4, 5), "View(6, 1, 1, 7, 20)"),
+    "two axes apart": ((6, 7, 4, 5), "View(168, 7, 4, 5, 1, True)"),
+    "virtual batches": ((6, 4, 5), "View(24, 3, 4, 5, 1)"),
+    "uneven virtual batches": ((7, 5, 4), "View(7, 3, 1, 5, 4)"),
+    "large": ((64, 16, 31, 33), "View(64, 1, 1, 16, 1023)"),
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [case for case in CASES if not case.startswith("uneven")])
 def test_operations_compute_what_the_kernels_do_eagerly_and_in_a_function(case: str) -> None:
-    shape, (first, last), apart, size, view = CASES[case]
+    shape, view = CASES[case]
     run(f"""
-        shape, at, view = {shape}, attributes({first}, {last}, {apart}, {size}), {view}
+        shape, view = {shape}, {view}
+        at = seen(view)
         random = np.random.default_rng(0)
         for dtype in TYPES:
             kind = np.float64 if dtype == np.float64 else np.float32
@@ -112,9 +116,39 @@ def test_operations_compute_what_the_kernels_do_eagerly_and_in_a_function(case: 
     """)
 
 
+def test_operations_with_weights_compute_what_the_kernels_do() -> None:
+    views = ", ".join(f"({shape}, {view})" for shape, view in CASES.values())
+    run(f"""
+        from tests.cpu.test_weights import MASKS, Weighing, masked, weighted_backward, weighted_forward
+
+        random = np.random.default_rng(0)
+        cases = [(shape, view, name, dtype) for shape, view in [{views}] for name in MASKS for dtype in TYPES]
+        for seed, (shape, view, name, dtype) in enumerate(cases):
+            kind = np.float64 if dtype == np.float64 else np.float32
+            x, dy = (drawn(view, dtype, at).reshape(shape) for at in (seed, seed + 1))
+            values = [random.uniform(0.5, 2, view.parameters).astype(kind) for _ in range(4)]
+            o = Options(*values[:2], (values[2], values[3]), (0.5, 2.0, 1.0)) if seed % 3 else Options(*values[:2])
+            mask = masked(view, name, seed)
+            for array in (mask, (mask * random.choice([0.25, 1.0, 3.0], mask.shape)).astype(kind)):
+                at, weighing = seen(view, array), Weighing(array, False)
+                found = op_forward(x, o, kind, at)
+                expected, (count, _) = weighted_forward(view, x.reshape(-1), weighing, kind, o)
+                assert found.count.shape == count.shape
+                np.testing.assert_allclose(found.count, count, rtol=1e-6)
+                assert same([found.mean.numpy(), found.variance.numpy()], [expected.mean, expected.variance])
+                check_near([found.y.numpy().reshape(-1)], [expected.y], NEAR[dtype.name])
+                if o.renorm:
+                    check_near([found.r.numpy(), found.d.numpy()], [expected.r, expected.d], 1e-6)
+                back = op_backward(x, tf.constant(dy), found, o, kind, at, found.count)
+                right = weighted_backward(view, x.reshape(-1), dy.reshape(-1), expected, weighing, count, o)
+                check_near([value.numpy().reshape(-1) for value in back], list(right), NEAR[dtype.name])
+    """)
+
+
 def test_the_formula_holds_in_float64() -> None:
     run("""
-        view, at = View(40, 1, 1, 3, 1), attributes(1, 1)
+        view = View(40, 1, 1, 3, 1)
+        at = seen(view)
         x = drawn(view, TYPES[1], 0).reshape(40, 3)
         factor, offset, average, stddev = np.random.default_rng(0).uniform(0.5, 2, (4, 3))
         found = op_forward(x, Options(factor, offset, (average, stddev), (0.5, 3.0, 2.0)), np.float64, at)
@@ -132,7 +166,7 @@ def test_the_shape_of_the_output_is_known_while_tracing() -> None:
             found = ops.batchnorm_forward(
                 x=x, factor=floats(None, np.float32), offset=floats(None, np.float32),
                 renorm_mean=floats(None, np.float32), renorm_stddev=floats(None, np.float32),
-                numbers=tf.constant([EPSILON, 0, 0, 0]), **attributes(2, 2))
+                numbers=tf.constant([EPSILON, 0, 0, 0]), **seen(View(12, 1, 1, 5, 1)))
             assert found.y.shape.as_list() == [None, 3, 5]
             return found.y
         assert traced(tf.ones([4, 3, 5])).shape == (4, 3, 5)
@@ -141,7 +175,8 @@ def test_the_shape_of_the_output_is_known_while_tracing() -> None:
 
 def test_dx_takes_the_place_of_dy_only_where_nobody_else_needs_it() -> None:
     run("""
-        view, at = View(64, 1, 1, 16, 1023), attributes(1, 1)
+        view = View(64, 1, 1, 16, 1023)
+        at = seen(view)
         x, dy = (drawn(view, TYPES[0], seed).reshape(64, 16, 1023) for seed in (0, 1))
         o = Options()
         found = op_forward(x, o, np.float32, at)
@@ -161,8 +196,9 @@ def test_dx_takes_the_place_of_dy_only_where_nobody_else_needs_it() -> None:
 
 def test_an_empty_batch_has_no_moments_and_no_gradients() -> None:
     run("""
-        plain, virtual = attributes(1, 1), attributes(2, 2, size=2)
-        for shape, at in (((0, 3), plain), ((0, 3, 4), plain), ((0, 2, 3), virtual)):
+        views = View(0, 1, 1, 3, 1), View(0, 1, 1, 3, 4), View(0, 0, 2, 3, 1)
+        for shape, view in zip(((0, 3), (0, 3, 4), (0, 2, 3)), views):
+            at = seen(view, np.ones(0, bool))
             x, ones = np.zeros(shape, np.float32), np.ones(3, np.float32)
             o = Options(ones, ones, (ones, ones))
             found = op_forward(x, o, np.float32, at)
@@ -175,8 +211,8 @@ def test_an_empty_batch_has_no_moments_and_no_gradients() -> None:
 
 def test_bad_sizes_are_refused() -> None:
     run("""
-        view, at, kind = View(8, 1, 1, 3, 5), attributes(1, 1), np.float32
-        x = drawn(view, TYPES[0], 0).reshape(8, 3, 5)
+        view, kind = View(8, 1, 1, 3, 5), np.float32
+        at, x = seen(view), drawn(view, TYPES[0], 0).reshape(8, 3, 5)
         two, three = np.ones(2, kind), np.ones(3, kind)
         for name in ("factor", "offset"):
             refused(f"{name} must have 3", op_forward, x, Options(**{name: two}), kind, at)
@@ -185,12 +221,22 @@ def test_bad_sizes_are_refused() -> None:
         refused("go together", op_forward, x, Options(renorm=(three, None)), kind, at)
         refused("numbers must have 4", op_forward, x, Options(limits=(0.0,)), kind, at)
         refused("numbers must have 4", op_forward, x, Options(limits=()), kind, at)
-        for wrong in (attributes(3, 3), attributes(2, 1), attributes(-1, 1), attributes(1, 3)):
-            refused("feature axes", op_forward, x, Options(), kind, wrong)
-        refused("apart", op_forward, x, Options(), kind, attributes(1, 1, (1, 1)))
-        refused("virtual_batch_size must divide", op_forward, x, Options(), kind, attributes(1, 1, size=3))
-        refused("batch axis", op_forward, x, Options(), kind, attributes(0, 0, size=2))
+        for wrong, message in (
+            ((9, 1, 1, 3, 5, 0), "size of its view"), ((8, 1, 1, 15, 5, 0), "size of its view"),
+            ((8, 0, 1, 3, 5, 0), "groups, span, features and inner >= 1"), ((-8, 1, 1, -3, 5, 0), ">= 1"),
+            ((8, 1, 3, 3, 5, 0), "multiple of span"), ((8, 16, 1, 3, 5, 0), "at least groups * span"),
+            ((8, 3, 1, 3, 5, 1), "for groups of parameters"), ((8, 2**60, 1, 3, 5, 0), "fewer than 2**57"),
+            ((8, 1, 1, 3), "view must have 6"),
+        ):
+            refused(message, op_forward, x, Options(), kind, dict(at, view=wrong))
+        nothing = np.ones((0, 3), kind)
+        for wrong in ((0, -1, 1, 3, 1, 0), (0, 2**60, 1, 2**60, 1, 0)):
+            refused("view must have", op_forward, nothing, Options(), kind, dict(at, view=wrong))
+        for weights in (np.ones(39, bool), np.ones(120, kind)):
+            refused("weights must have 40", op_forward, x, Options(), kind, seen(view, weights))
         found = op_forward(x, Options(), kind, at)
+        refused("weights must have 40", op_backward, x, tf.constant(x), found, Options(), kind, seen(view, [True]))
+        refused("count must have 1", op_backward, x, tf.constant(x), found, Options(), kind, at, (1.0, 2.0))
         refused("dy must have", op_backward, x, tf.ones([8, 3, 4]), found, Options(), kind, at)
         refused("factor must have 3", op_backward, x, tf.constant(x), found, Options(factor=two), kind, at)
         short = Forward(found.y, found.mean[:, :2], found.variance)
@@ -205,7 +251,8 @@ def test_bad_sizes_are_refused() -> None:
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads memory the way of Linux")
 def test_nothing_leaks() -> None:
     run("""
-        view, at, kind = View(8, 1, 1, 3, 4096), attributes(1, 1), np.float32
+        view, kind = View(8, 1, 1, 3, 4096), np.float32
+        at = seen(view, np.arange(8 * 4096) % 3 > 0)
         x = drawn(view, TYPES[0], 0).reshape(8, 3, 4096)
         ones = np.ones(3, kind)
         o = Options(ones, ones, (ones, ones), (0.5, 2.0, 1.0))
@@ -213,7 +260,7 @@ def test_nothing_leaks() -> None:
         def steps(n):
             for _ in range(n):
                 found = op_forward(x, o, kind, at)
-                op_backward(x, tf.constant(x) * 1.0, found, o, kind, at)
+                op_backward(x, tf.constant(x) * 1.0, found, o, kind, at, found.count)
                 try:
                     op_forward(x, Options(factor=ones[:2]), kind, at)
                 except tf.errors.InvalidArgumentError:
@@ -242,7 +289,8 @@ def test_the_number_of_threads_of_the_package_is_that_of_the_operations(first: b
         x = np.ones((64, 16, 31, 33), np.float32)
         step = lambda: operations._operations.batchnorm_forward(
             x=x, factor=floats(None, np.float32), offset=floats(None, np.float32), renorm_mean=floats(None, np.float32),
-            renorm_stddev=floats(None, np.float32), numbers=floats([EPSILON, 0, 0, 0], np.float32), **attributes(1, 1))
+            renorm_stddev=floats(None, np.float32), numbers=floats([EPSILON, 0, 0, 0], np.float32),
+            **seen(View(64, 1, 1, 16, 1023)))
         tf.constant(x) + 1
         before = count()
         step()

@@ -64,6 +64,17 @@ close(jax.jit(alone)(x), np.concatenate(
 if primitives.available():
     assert primitives.TARGETS["forward"] in jax.jit(alone).lower(x).as_text()
 
+# The same under a mask, in uneven virtual batches, and backward.
+def apart(x, mask):
+    return batch_norm(x, parameters, statistics, training=True, mask=mask, virtual_batch_size=3)[0]
+
+spread = jax.jit(jax.grad(lambda x: (jax.shard_map(
+    apart, mesh=mesh, in_specs=(P("d"), P("d")), out_specs=P("d"))(x, mask) ** 3).sum()))
+parts = zip(np.split(x, 8), np.split(mask, 8))
+close(spread(x), np.concatenate([jax.grad(lambda x: (apart(x, m) ** 3).sum())(part) for part, m in parts]))
+if primitives.available():
+    assert all(target in spread.lower(x).as_text() for target in primitives.TARGETS.values())
+
 # By pmap, whole and in groups of four.
 shards, masks = x.reshape(8, 4, 5, 3), mask.reshape(8, 4, 5, 1)
 for groups, parts in ((None, [range(8)]), ([[0, 1, 2, 3], [4, 5, 6, 7]], [range(4), range(4, 8)])):

@@ -23,6 +23,11 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "renorm": {"renorm": True},
     "virtual batches": {"virtual_batch_size": 4},
     "no parameters": {"bare": True},
+    "mask, renorm and uneven virtual batches": {
+        "mask": RNG.random((8, 1)) < 0.6,
+        "renorm": True,
+        "virtual_batch_size": 3,
+    },
 }
 
 
@@ -30,10 +35,8 @@ def _norm(x: Any, scale: Any, bias: Any, *, fused: bool | None, options: dict[st
     _, statistics = init(3, renorm="renorm" in options, dtype=x.dtype)
     parameters = {} if "bare" in options else {"scale": scale, "bias": bias}
     limits = {"rmin": 0.5, "rmax": 1.5, "dmax": 0.2} if "renorm" in options else None
-    size = options.get("virtual_batch_size")
-    return batch_norm(
-        x, parameters, statistics, training=True, fused=fused, renorm_clipping=limits, virtual_batch_size=size
-    )[0]
+    known = {name: options[name] for name in ("mask", "virtual_batch_size") if name in options}
+    return batch_norm(x, parameters, statistics, training=True, fused=fused, renorm_clipping=limits, **known)[0]
 
 
 def _loss(n: Callable[..., Any]) -> Callable[..., Any]:
@@ -67,7 +70,9 @@ TRANSFORMATIONS: dict[str, Callable[[Callable[..., Any]], Any]] = {
 
 @pytest.mark.usefixtures("x64")
 @pytest.mark.filterwarnings("ignore:Some donated buffers were not usable")
-@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize(
+    "option", [pytest.param(name, marks=pytest.mark.slow) if "mask" in OPTIONS[name] else name for name in OPTIONS]
+)
 @pytest.mark.parametrize("transformation", TRANSFORMATIONS)
 def test_transformations_give_what_they_give_of_the_composed_layer(transformation: str, option: str) -> None:
     transform = TRANSFORMATIONS[transformation]

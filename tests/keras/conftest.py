@@ -13,9 +13,10 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Let Keras make NumPy's arrays of tensors as it does."""
+    """Let backends do what they do."""
     if CHOSEN:
         config.addinivalue_line("filterwarnings", "ignore:__array__ implementation doesn't:DeprecationWarning")
+        config.addinivalue_line("filterwarnings", "ignore:`torch.jit:DeprecationWarning")  # of what inductor imports
 
 
 def pytest_ignore_collect(collection_path: Path) -> bool | None:

@@ -8,14 +8,19 @@ from typing import Any, NamedTuple
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
+import jax
 import numpy as np
 import numpy.typing as npt
 import tensorflow as tf
 import torch
 
+import batchnorm.jax
 import batchnorm.numpy
 import batchnorm.tensorflow
 import batchnorm.torch
+from batchnorm.core.passes import COMPOSED
+from batchnorm.cpu import KERNEL
+from batchnorm.jax import primitives
 
 __all__ = ["ALL", "Dialect", "Output"]
 
@@ -120,4 +125,30 @@ class PyTorch(Dialect):
         return [value.numpy() for value in found]
 
 
-ALL: tuple[type[Dialect], ...] = (NumPy, TensorFlow, PyTorch)
+class JAX(Dialect):
+    NAMES = {"mean": "moving_mean", "var": "moving_variance"} | {
+        name: name for name in ("renorm_mean", "renorm_stddev")
+    }
+
+    def __init__(self, shape: tuple[int, ...], variables: Variables, **options: Any) -> None:
+        adjustment = options.pop("adjustment", None)
+        options.pop("renorm", None)  # which the statistics tell
+        self.options = options | {"adjustment": None if adjustment is None else adjustment(shape)}
+        self.parameters = {"scale": variables["gamma"], "bias": variables["beta"]}
+        self.statistics = {name: variables[long] for name, long in self.NAMES.items() if long in variables}
+
+    def _apply(self, x: Any, parameters: Any, training: bool) -> Any:
+        return batchnorm.jax.batch_norm(x, parameters, self.statistics, training=training, **self.options)[0]
+
+    def __call__(self, x: Array, training: bool) -> Output:
+        compiled = jax.jit(self._apply, static_argnums=2).lower(x, self.parameters, training)
+        served = primitives.TARGETS["forward"] in compiled.as_text()
+        return Output(np.asarray(compiled.compile()(x, self.parameters)), KERNEL if served else COMPOSED)
+
+    def gradients(self, x: Array, dy: Array) -> list[Array]:
+        _, vjp = jax.vjp(lambda x, parameters: self._apply(x, parameters, True), x, self.parameters)
+        dx, parameters = jax.jit(vjp)(dy)
+        return [np.asarray(value) for value in (dx, parameters["scale"], parameters["bias"])]
+
+
+ALL: tuple[type[Dialect], ...] = (NumPy, TensorFlow, PyTorch, JAX)

@@ -105,10 +105,15 @@ class Geometry:
     def check_divides(self, batch: int | None) -> None:
         """Raise unless virtual batches divide a batch of this many samples (None is an unknown number)."""
         if self.virtual_batch_size is not None and batch is not None and batch % self.virtual_batch_size:
-            raise ValueError(
-                f"virtual_batch_size must divide the batch size in training; received a batch of {batch} samples "
-                f"and virtual_batch_size={self.virtual_batch_size}."
-            )
+            raise ValueError("".join(map(str, self.divides(batch))))
+
+    def divides(self, batch: Any) -> tuple[str, Any, str]:
+        """Say that virtual batches must divide a batch, of a size that may be known only when a program runs."""
+        return (
+            "virtual_batch_size must divide the batch size in training; received a batch of ",
+            batch,
+            f" samples and virtual_batch_size={self.virtual_batch_size}.",
+        )
 
     def check_adjustment(self, shapes: Sequence[Sequence[int | None] | None], shape: Sequence[int | None]) -> bool:
         """Raise unless arrays of these shapes broadcast to inputs of a shape (None is unknown).
@@ -197,10 +202,11 @@ class Geometry:
         """Tell whether the kernels can see an input of this shape: two runs at most, one with virtual batches."""
         return len(self.runs(shape)) <= (2 if self.virtual_batch_size is None else 1)
 
-    def view(self, shape: Sequence[int]) -> View | None:
+    def view(self, shape: Sequence[Any]) -> View | None:
         """See an input of this shape as the CPU kernels do; None where they cannot.
 
-        Feature axes may lie too far apart. Where groups do not divide the samples, the first have one more.
+        Feature axes may lie too far apart. Where groups do not divide the samples, the first have one more. Of sizes
+        that are known only when a program runs the view has such numbers.
 
         >>> plan((32, 64, 56, 56), 1, None).view((32, 64, 56, 56))
         View(rows=32, groups=1, span=1, features=64, inner=3136, grouped_parameters=False)
@@ -209,9 +215,10 @@ class Geometry:
         >>> plan((8, 6, 5, 3), (1, 3), None).view((8, 6, 5, 3))
         View(rows=240, groups=6, span=5, features=3, inner=1, grouped_parameters=True)
         """
-        if not self.collapses(shape):
+        known = [size if isinstance(size, int) else None for size in shape]
+        if not self.collapses(known):
             return None
-        *apart, (first, last) = self.runs(shape)
+        *apart, (first, last) = self.runs(known)
         before, after = math.prod(shape[:first]), math.prod(shape[last + 1 :])
         features = math.prod(shape[first : last + 1])
         for begin, end in apart:  # one at most

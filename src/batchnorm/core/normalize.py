@@ -24,6 +24,7 @@ __all__ = [
     "adjustment_gradient",
     "average",
     "by_feature",
+    "centered",
     "fold",
     "fold_gradient",
     "gather",
@@ -105,6 +106,10 @@ class _Batch:
             return None
         return self._xp.astype(self._plan.count(self._xp.shape(self.x)), self.x.dtype)
 
+    def centered(self, moments: Moments) -> Array:
+        """x − m, 0 where the weight is."""
+        return _live(self._xp, self.x - moments.mean - moments.rest, self.weights)
+
     def view(self, values: Array, filler: Any = None) -> Array:
         """See an array of the input's rank by group; a last row is filled up with the first samples, or with zeros."""
         if self._plan.group_axis is None:
@@ -173,7 +178,7 @@ def train(
     if merge is not None:
         moments = merge(moments)
     if given:
-        centered = _live(xp, batch.x - moments.mean - moments.rest, batch.weights)
+        centered = batch.centered(moments)
     averaged = average(xp, moments, plan.group_axis, unbiased)
     corrected = None
     if renorm is not None:
@@ -188,6 +193,11 @@ def train(
     affine = algebra.affine(xp, moments, epsilon, correction=corrected, factor=factor, offset=offset)
     y = _normalize(xp, batch.x, moments, centered, affine, batch.weights, masked)
     return Trained(batch.join(y), averaged, moments, corrected, centered)
+
+
+def centered(xp: Namespace, x: Array, plan: Geometry, moments: Moments, weights: Array | None = None) -> Array:
+    """x − m as `Trained` has it, of moments that were measured before."""
+    return _Batch(xp, x, plan, weights).centered(moments)
 
 
 def average(xp: Namespace, moments: Moments, axis: int | None, unbiased: bool = False) -> Moments:

@@ -328,11 +328,10 @@ def _train(
         renorm = Renorm(statistics["renorm_mean"], statistics["renorm_stddev"], options.renorm_clipping)
     by_feature = adjustment is None or plan.check_adjustment([value.shape for value in adjustment], x.shape)
     served = (
-        weights is None
-        and merge is None
+        merge is None
         and by_feature
         and isinstance(options.epsilon, numbers.Real)
-        and primitives.serves(x, plan)
+        and primitives.serves(x, plan, weights)
     )
     if passes.select(options.fused, {KERNEL: served}) == KERNEL:
         if adjustment is not None:
@@ -340,7 +339,7 @@ def _train(
             adjustment = normalize.by_feature(xp, plan, (adjustment[0].astype(wide), adjustment[1].astype(wide)))
         factor, offset = normalize.fold(xp, gamma, beta, adjustment)
         epsilon = float(options.epsilon)
-        return primitives.forward(x, plan, epsilon, factor=factor, offset=offset, renorm=renorm)
+        return primitives.forward(x, plan, epsilon, factor=factor, offset=offset, renorm=renorm, weights=weights)
     trained = normalize.train(
         xp,
         x.astype(xp.wide(x)),

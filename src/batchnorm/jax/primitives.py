@@ -19,7 +19,7 @@ import ctypes
 import functools
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -43,13 +43,39 @@ Arrays = list[Any]
 TARGETS = {"forward": "batchnorm_forward", "backward": "batchnorm_backward"}
 
 
-def serves(x: Array, plan: Geometry) -> bool:
-    """Tell whether the primitives can express a training step on an array."""
-    return x.size > 0 and x.dtype.name in cpu.TYPES and not plan.padding(x.shape) and plan.view(x.shape) is not None
+class Saved(NamedTuple):
+    """What of a forward pass a derivative wants; its moments are mean + rest and variance, of count values."""
+
+    x: Array
+    weights: Array
+    mean: Array
+    variance: Array
+    rest: Array
+    count: Array
+    factor: Array
+    r: Array
+    d: Array
+
+
+def serves(x: Array, plan: Geometry, weights: Array | None = None) -> bool:
+    """Tell whether the primitives can express a training step on an array, under weights of positions."""
+    return (
+        x.size > 0
+        and x.dtype.name in cpu.TYPES
+        and plan.view(x.shape) is not None
+        and (weights is None or all(weights.shape[axis] == 1 for axis in plan.axes))
+    )
 
 
 def forward(
-    x: Array, plan: Geometry, epsilon: float, *, factor: Array | None, offset: Array | None, renorm: Renorm | None
+    x: Array,
+    plan: Geometry,
+    epsilon: float,
+    *,
+    factor: Array | None,
+    offset: Array | None,
+    renorm: Renorm | None,
+    weights: Array | None,
 ) -> tuple[Array, Moments]:
     """Normalize a batch in training.
 
@@ -60,6 +86,8 @@ def forward(
         factor: One value for each feature, or None.
         offset: Likewise.
         renorm: What renorm corrects by, from before this step, or None.
+        weights: Which positions count, of the rank of x with size 1 on the feature axes: booleans, or real weights,
+            constants to derivatives; or None.
 
     Returns:
         The output, and what averages move to, with one value for each feature.
@@ -73,9 +101,12 @@ def forward(
     if renorm is not None:
         limits = jnp.stack([jnp.asarray(limit, dtype).reshape(()) for limit in renorm.clipping.limits])
     mean, stddev = (None, None) if renorm is None else (renorm.mean, renorm.stddev)
-    operands = _varying([x, flat(factor), flat(offset), flat(mean), flat(stddev), limits])
-    y, group_mean, variance, rest, _, _ = _forward_p.bind(*operands, plan=plan, epsilon=epsilon, lead=0)
-    moments = Moments(group_mean, variance, plan.count(plan.split(x.shape)), rest)
+    weighed = jnp.zeros(0, bool) if weights is None else weights if weights.dtype == bool else weights.astype(dtype)
+    operands = _varying([x, weighed, flat(factor), flat(offset), flat(mean), flat(stddev), limits])
+    y, group_mean, variance, rest, found, _, _ = _forward_p.bind(*operands, plan=plan, epsilon=epsilon, lead=0)
+    alike = weights is None and not plan.padding(x.shape)
+    count = plan.count(plan.split(x.shape)) if alike else found[:, None]
+    moments = Moments(group_mean, variance, count, rest)
     return y, algebra.average_groups(xp, moments, 0 if plan.group_axis is not None else None)
 
 
@@ -88,6 +119,7 @@ def _present(value: Array) -> Array | None:
 
 def _composed_forward(
     x: Array,
+    weights: Array,
     factor: Array,
     offset: Array,
     renorm_mean: Array,
@@ -102,17 +134,28 @@ def _composed_forward(
     if limits.size:
         renorm = Renorm(renorm_mean, renorm_stddev, Clipping(*(limits[i] for i in range(3))))
     trained = normalize.train(
-        xp, x.astype(dtype), plan, epsilon, gamma=_present(factor), beta=_present(offset), renorm=renorm
+        xp,
+        x.astype(dtype),
+        plan,
+        epsilon,
+        gamma=_present(factor),
+        beta=_present(offset),
+        renorm=renorm,
+        weights=_present(weights),
     )
     view = _view(x.shape, plan)
-    shape = view.groups, view.features
-    moments = [jnp.reshape(value, shape) for value in (trained.moments.mean, trained.moments.variance)]
-    rest = jnp.reshape(trained.moments.rest * jnp.ones_like(trained.moments.mean), shape)
+    mean, variance, count, rest, _ = trained.moments
+    moments = [
+        jnp.reshape(value, (view.groups, view.features)) for value in (mean, variance, rest * jnp.ones_like(mean))
+    ]
+    counts = jnp.broadcast_to(jnp.asarray(count, dtype).reshape(-1), view.virtual_batches)
     correction = trained.correction or (jnp.zeros(0, dtype), jnp.zeros(0, dtype))
-    return [trained.y.astype(x.dtype), *moments, rest, *(value.reshape(-1) for value in correction)]
+    return [trained.y.astype(x.dtype), *moments, counts, *(value.reshape(-1) for value in correction)]
 
 
-def _composed_y(x: Array, factor: Array, offset: Array, r: Array, d: Array, *, plan: Geometry, epsilon: float) -> Array:
+def _composed_y(
+    x: Array, weights: Array, factor: Array, offset: Array, r: Array, d: Array, *, plan: Geometry, epsilon: float
+) -> Array:
     trained = normalize.train(
         xp,
         x.astype(xp.wide(x)),
@@ -121,55 +164,44 @@ def _composed_y(x: Array, factor: Array, offset: Array, r: Array, d: Array, *, p
         gamma=_present(factor),
         beta=_present(offset),
         correction=(r, d) if r.size else None,
+        weights=_present(weights),
     )
     return trained.y.astype(x.dtype)
 
 
-def _composed_tangent(
-    x: Array,
-    mean: Array,
-    variance: Array,
-    rest: Array,
-    factor: Array,
-    r: Array,
-    d: Array,
-    tx: Array,
-    tfactor: Array,
-    toffset: Array,
-    **static: Any,
-) -> Arrays:
+def _composed_tangent(*operands: Array, **static: Any) -> Arrays:
+    *values, tx, tfactor, toffset = operands
+    saved = Saved(*values)
+
     def y(x: Array, factor: Array, offset: Array) -> Array:
-        return _composed_y(x, factor, offset, r, d, **static)
+        return _composed_y(x, saved.weights, factor, offset, saved.r, saved.d, **static)
 
-    return [jax.jvp(y, (x, factor, jnp.zeros_like(toffset)), (tx, tfactor, toffset))[1]]
+    return [jax.jvp(y, (saved.x, saved.factor, jnp.zeros_like(toffset)), (tx, tfactor, toffset))[1]]
 
 
-def _composed_backward(
-    x: Array,
-    mean: Array,
-    variance: Array,
-    rest: Array,
-    factor: Array,
-    r: Array,
-    d: Array,
-    dy: Array,
-    *,
-    plan: Geometry,
-    epsilon: float,
-    with_offset: bool,
-) -> Arrays:
+def _composed_backward(*operands: Array, plan: Geometry, epsilon: float, with_offset: bool) -> Arrays:
     """The gradients by their formulas, from the moments as they are."""
-    dtype = xp.wide(x)
+    *values, dy = operands
+    saved = Saved(*values)
+    x, r = saved.x, saved.r
+    dtype, weights = xp.wide(x), _present(saved.weights)
     shape = plan.view_shape
     if plan.group_axis is not None:
-        shape = (1, mean.shape[0], *shape[2:])
-    mean, variance, rest = (value.reshape(shape) for value in (mean, variance, rest))
-    moments = Moments(mean, variance, plan.count(plan.split(x.shape)), rest)
-    correction = Correction(*(value.reshape(plan.view_shape) for value in (r, d))) if r.size else None
-    centered = x.astype(dtype).reshape(plan.split(x.shape)) - mean - rest
-    trained = Trained(None, moments, moments, correction, centered)
+        shape = (1, saved.mean.shape[0], *shape[2:])
+    mean, variance, rest = (value.reshape(shape) for value in (saved.mean, saved.variance, saved.rest))
+    count = saved.count.reshape([size if axis == plan.group_axis else 1 for axis, size in enumerate(shape)])
+    moments = Moments(mean, variance, count, rest)
+    correction = Correction(*(value.reshape(plan.view_shape) for value in (r, saved.d))) if r.size else None
+    centered = normalize.centered(xp, x.astype(dtype), plan, moments, weights)
     gradients = normalize.train_gradient(
-        xp, dy.astype(dtype), trained, plan, epsilon, gamma=_present(factor), beta=mean if with_offset else None
+        xp,
+        dy.astype(dtype),
+        Trained(None, moments, moments, correction, centered),
+        plan,
+        epsilon,
+        gamma=_present(saved.factor),
+        beta=mean if with_offset else None,
+        weights=weights,
     )
     nothing = jnp.zeros(0, dtype)
     return [
@@ -179,12 +211,17 @@ def _composed_backward(
     ]
 
 
-def _differentiable_backward(x: Array, factor: Array, r: Array, d: Array, dy: Array, **static: Any) -> Arrays:
+def _differentiable_backward(*operands: Array, with_offset: bool, **static: Any) -> Arrays:
     """The same as a function of x alone, of which the moments are functions."""
-    with_offset = static.pop("with_offset")
+    *values, dy = operands
+    saved = Saved(*values)
+    x = saved.x
     offset = jnp.zeros(_view(x.shape, static["plan"]).parameters if with_offset else 0, xp.wide(x))
-    _, vjp = jax.vjp(lambda x, f, o: _composed_y(x, f, o, r, d, **static), x, factor, offset)
-    return list(vjp(dy))
+
+    def y(x: Array, factor: Array, offset: Array) -> Array:
+        return _composed_y(x, saved.weights, factor, offset, saved.r, saved.d, **static)
+
+    return list(jax.vjp(y, x, saved.factor, offset)[1](dy))
 
 
 def _view(shape: Sequence[int], plan: Geometry) -> View:
@@ -246,33 +283,20 @@ def _call(direction: str, operands: Sequence[Array], results: Any, plan: Geometr
 
 
 def _kernel_forward(*operands: Array, plan: Geometry, epsilon: float, lead: int) -> Arrays:
-    x, _, _, mean, *_ = operands
-    dtype, view = xp.wide(x), _view(x.shape[lead:], plan)
-    statistics = ((*x.shape[:lead], view.groups, view.features), dtype)
-    results = [(x.shape, x.dtype), statistics, statistics, (mean.shape, dtype), (mean.shape, dtype)]
-    y, mean, variance, r, d = _call("forward", operands, results, plan, epsilon, lead)
-    return [y, mean, variance, jnp.zeros_like(mean), r, d]
+    x, renorm_mean = operands[0], operands[4]
+    dtype, view, front = xp.wide(x), _view(x.shape[lead:], plan), x.shape[:lead]
+    statistics = ((*front, view.groups, view.features), dtype)
+    count, correction = ((*front, view.virtual_batches), dtype), (renorm_mean.shape, dtype)
+    results = [(x.shape, x.dtype), *[statistics] * 3, count, correction, correction]
+    return list(_call("forward", operands, results, plan, epsilon, lead))
 
 
-def _kernel_backward(
-    x: Array,
-    mean: Array,
-    variance: Array,
-    rest: Array,
-    factor: Array,
-    r: Array,
-    d: Array,
-    dy: Array,
-    *,
-    plan: Geometry,
-    epsilon: float,
-    lead: int,
-    with_offset: bool,
-) -> Arrays:
-    dtype = xp.wide(x)
+def _kernel_backward(*operands: Array, plan: Geometry, epsilon: float, lead: int, with_offset: bool) -> Arrays:
+    x, *saved, dy = operands
+    dtype, factor = xp.wide(x), Saved(x, *saved).factor
     offset = (*x.shape[:lead], _view(x.shape[lead:], plan).parameters if with_offset else 0)
     results = [(x.shape, x.dtype), (factor.shape, dtype), (offset, dtype)]
-    return list(_call("backward", (x, dy, mean, variance, factor, r, d), results, plan, epsilon, lead))
+    return list(_call("backward", (x, dy, *saved), results, plan, epsilon, lead))
 
 
 # ---- The primitives.
@@ -345,55 +369,51 @@ _dense = ad.instantiate_zeros
 
 
 def _forward_jvp(primals: Sequence[Array], tangents: Sequence[Any], **static: Any) -> tuple[Arrays, Arrays]:
-    found = _, mean, variance, rest, r, d = _forward_p.bind(*primals, **static)
-    x, factor, *_ = primals
-    (ty,) = _tangent_p.bind(x, mean, variance, rest, factor, r, d, *map(_dense, tangents[:3]), **static)
+    found = _, mean, variance, rest, count, r, d = _forward_p.bind(*primals, **static)
+    x, weights, factor, *_ = primals
+    tx, _, tfactor, toffset, *_ = tangents
+    saved = Saved(x, weights, mean, variance, rest, count, factor, r, d)
+    (ty,) = _tangent_p.bind(*saved, _dense(tx), _dense(tfactor), _dense(toffset), **static)
     return found, [ty, *(ad.Zero(jax.typeof(value).to_tangent_aval()) for value in found[1:])]
 
 
-def _tangent_jvp(primals: Sequence[Array], tangents: Sequence[Any], **static: Any) -> tuple[Arrays, Arrays]:
-    saved, linear = primals[:7], primals[7:]
-    out = _tangent_p.bind(*primals, **static)
-    tangent = _tangent_p.bind(*saved, *map(_dense, tangents[7:]), **static)
-    if not all(type(t) is ad.Zero for t in (tangents[0], tangents[4])):
+def _linear_jvp(primitive: Primitive, composed: Callable[..., Arrays]) -> Callable[..., tuple[Arrays, Arrays]]:
+    """The rule of a primitive that is linear in what follows what is saved, and a composed function of that."""
+
+    def rule(primals: Sequence[Array], tangents: Sequence[Any], **static: Any) -> tuple[Arrays, Arrays]:
+        n = len(Saved._fields)
+        saved, by = Saved(*primals[:n]), Saved(*tangents[:n])
+        out = primitive.bind(*primals, **static)
+        tangent = primitive.bind(*saved, *map(_dense, tangents[n:]), **static)
+        if type(by.x) is ad.Zero and type(by.factor) is ad.Zero:
+            return out, tangent
 
         def of(x: Array, factor: Array) -> Arrays:
-            return _batched(_composed_tangent)(x, *saved[1:4], factor, *saved[5:], *linear, **static)
+            return _batched(composed)(*saved._replace(x=x, factor=factor), *primals[n:], **static)
 
-        _, more = jax.jvp(of, (saved[0], saved[4]), (_dense(tangents[0]), _dense(tangents[4])))
-        tangent = [ad.add_jaxvals(a, b) for a, b in zip(tangent, more, strict=True)]
-    return out, tangent
+        _, more = jax.jvp(of, (saved.x, saved.factor), (_dense(by.x), _dense(by.factor)))
+        return out, [ad.add_jaxvals(a, b) for a, b in zip(tangent, more, strict=True)]
 
-
-def _backward_jvp(primals: Sequence[Array], tangents: Sequence[Any], **static: Any) -> tuple[Arrays, Arrays]:
-    x, _, _, _, factor, r, d, dy = primals
-    out = _backward_p.bind(*primals, **static)
-    tangent = _backward_p.bind(*primals[:7], _dense(tangents[7]), **static)
-    if not all(type(t) is ad.Zero for t in (tangents[0], tangents[4])):
-
-        def of(x: Array, factor: Array) -> Arrays:
-            return _batched(_differentiable_backward)(x, factor, r, d, dy, **static)
-
-        _, more = jax.jvp(of, (x, factor), (_dense(tangents[0]), _dense(tangents[4])))
-        tangent = [ad.add_jaxvals(a, b) for a, b in zip(tangent, more, strict=True)]
-    return out, tangent
+    return rule
 
 
 def _tangent_transpose(cotangents: Sequence[Any], *operands: Any, **static: Any) -> Arrays:
-    saved, linear = operands[:7], operands[7:]
+    n = len(Saved._fields)
+    saved, linear = operands[:n], operands[n:]
     offset = linear[2].aval if ad.is_undefined_primal(linear[2]) else linear[2]
     found = _backward_p.bind(*saved, _dense(cotangents[0]), with_offset=offset.size > 0, **static)
     wanted = (g if ad.is_undefined_primal(one) else None for g, one in zip(found, linear, strict=True))
-    return [None] * 7 + list(wanted)
+    return [None] * n + list(wanted)
 
 
 def _backward_transpose(cotangents: Sequence[Any], *operands: Any, with_offset: bool, **static: Any) -> Arrays:
-    return [None] * 7 + list(_tangent_p.bind(*operands[:7], *map(_dense, cotangents), **static))
+    *saved, _ = operands
+    return [None] * len(saved) + list(_tangent_p.bind(*saved, *map(_dense, cotangents), **static))
 
 
 ad.primitive_jvps[_forward_p] = _forward_jvp
-ad.primitive_jvps[_tangent_p] = _tangent_jvp
-ad.primitive_jvps[_backward_p] = _backward_jvp
+ad.primitive_jvps[_tangent_p] = _linear_jvp(_tangent_p, _composed_tangent)
+ad.primitive_jvps[_backward_p] = _linear_jvp(_backward_p, _differentiable_backward)
 ad.primitive_transposes[_tangent_p] = _tangent_transpose
 ad.primitive_transposes[_backward_p] = _backward_transpose
 

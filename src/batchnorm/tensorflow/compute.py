@@ -57,19 +57,20 @@ def train(
         either: Whether the graph infers, too, so that it is likely to be saved and served where nobody has the kernels:
             these then serve with ``fused=True`` only.
         moments: Those to normalize by, of `view` of the batch, in the place of its own; or None.
-        weights: How much each position counts, with size 1 on the feature axes; or None.
+        weights: How much each position counts, with size 1 on the feature axes, as `weights` gives it; or None.
 
     Returns:
         The output; what averages move to, in the parameters' shape; and the name of the kernel that served.
     """
     ours = by_feature and (options.fused is True or not either) and operations.serves(x, plan)
-    fused = options.fused if moments is None and weights is None else False
+    fused = options.fused if moments is None else False
     fusible = fusible and weights is None
     kernel = passes.select(fused, {operations.KERNEL: ours, FUSED_OP: fusible})
     count = xp.astype(plan.whole.count(xp.shape(x)), wide(x))
     if kernel == FUSED_OP:
         y, mean, variance = _fused(x, plan, options, read)
         return y, Moments(mean, variance, count), kernel
+    x = _divisible(x, plan)
     gamma, beta = read("gamma"), read("beta")
     renorm = None
     if options.renorm:
@@ -80,8 +81,11 @@ def train(
         if adjustment is not None:
             adjustment = normalize.by_feature(xp, plan, adjustment)
         factor, offset = normalize.fold(xp, gamma, beta, adjustment)
-        y, averaged = operations.forward(x, plan, options.epsilon, factor=factor, offset=offset, renorm=renorm)
+        y, averaged = operations.forward(
+            x, plan, options.epsilon, factor=factor, offset=offset, renorm=renorm, weights=weights
+        )
         y.set_shape(x.shape)
+        count = count if weights is None else averaged.count
         averaged = Moments(averaged.mean, averaged.variance, count)
         if fusible:
             averaged = averaged._replace(variance=algebra.unbiased_variance(xp, averaged))
@@ -89,7 +93,7 @@ def train(
     else:
         trained = normalize.train(
             xp,
-            tf.cast(_divisible(x, plan), wide(x)),
+            tf.cast(x, wide(x)),
             plan,
             options.epsilon,
             gamma=gamma,
@@ -142,13 +146,15 @@ def view(x: Any, plan: Geometry) -> Any:
 
 
 def weights(mask: Any, x: Any, plan: Geometry) -> Any:
-    """A mask as it broadcasts against a batch, in the type of the arithmetic."""
+    """A mask as it broadcasts against a batch: of booleans, or of weights in the type of the arithmetic."""
     mask = tf.convert_to_tensor(mask)
     if not (mask.dtype == tf.bool or mask.dtype.is_floating or mask.dtype.is_integer):
         raise TypeError(f"mask must hold booleans or real numbers; received dtype {mask.dtype.name}.")
     given = [None] * (plan.rank - len(plan.axes)) if mask.shape.rank is None else mask.shape.as_list()
     plan.mask_shape(given, x.shape.as_list())
     shape = [1 if axis in plan.axes else size for axis, size in enumerate(xp.shape(x))]
+    if mask.dtype == tf.bool:
+        return tf.reshape(mask, shape)
     found = tf.reshape(tf.cast(mask, wide(x)), shape)
     if tf.executing_eagerly() and not bool(tf.reduce_all((found >= 0) & tf.math.is_finite(found))):
         raise ValueError("mask must hold finite numbers that are not negative; received others.")
@@ -161,8 +167,7 @@ def _divisible(x: Any, plan: Geometry) -> Any:
     if size is None or (x.shape[0] is not None and x.shape[0] % size == 0):
         return x
     batch = tf.shape(x)[0]
-    message = f"virtual_batch_size must divide the batch size in training; received virtual_batch_size={size}"
-    check = tf.debugging.Assert(tf.equal(batch % size, 0), [message, "and a batch of", batch])
+    check = tf.debugging.Assert(tf.equal(batch % size, 0), plan.divides(batch))
     with tf.control_dependencies([check] if check is not None else []):
         return tf.identity(x)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import tensorflow as tf
 from tensorflow.python.ops import control_flow_util  # nothing public tells whether XLA compiles what is traced
 
@@ -60,6 +61,7 @@ def forward(
     factor: Any = None,
     offset: Any = None,
     renorm: Renorm | None = None,
+    weights: Any = None,
 ) -> tuple[Any, Moments]:
     """Normalize a batch in training.
 
@@ -70,36 +72,48 @@ def forward(
         factor: One value for each feature, or None.
         offset: Likewise.
         renorm: What renorm corrects by, from before this step, or None.
+        weights: Which positions count, in the order of x: booleans, or weights of the type of the arithmetic; or None.
 
     Returns:
-        The output, and what averages move to, one value for each feature: over virtual batches the means of theirs.
+        The output, and what averages move to, one value for each feature: over virtual batches the means of theirs. The
+        count is that of the weights, without them any.
     """
     dtype = wide(x)
 
     def flat(value: Any) -> Any:
-        return tf.zeros([0], dtype) if value is None else tf.reshape(tf.cast(value, dtype), [-1])
+        return np.zeros(0, dtype.as_numpy_dtype) if value is None else tf.reshape(tf.cast(value, dtype), [-1])
 
     clipping = Clipping() if renorm is None else renorm.clipping
-    *apart, (first, last) = plan.runs(x.shape.as_list())
     nothing = flat(None)
-    y, group_mean, group_variance, _, _ = _operations.batchnorm_forward(
+    y, group_mean, group_variance, count, _, _ = _operations.batchnorm_forward(
         x=x,
+        view=_view(x, plan),
+        weights=np.zeros(0, bool) if weights is None else tf.reshape(weights, [-1]),
         factor=flat(factor),
         offset=flat(offset),
         renorm_mean=nothing if renorm is None else flat(renorm.mean),
         renorm_stddev=nothing if renorm is None else flat(renorm.stddev),
         numbers=tf.stack([xp.astensor(number, dtype) for number in (epsilon, *clipping.limits)]),
-        first=first,
-        last=last,
-        apart_first=apart[0][0] if apart else -1,
-        apart_last=apart[0][1] if apart else -1,
+        axes=plan.axes,
         virtual_batch_size=plan.virtual_batch_size or 0,
     )
     for value in (group_mean, group_variance):
         value.set_shape([None, None])
     mean, variance = (tf.cast(tf.stop_gradient(value), dtype) for value in (group_mean, group_variance))
-    moments = Moments(mean, variance, 1)  # groups of one size
-    return y, algebra.average_groups(xp, moments, None if plan.group_axis is None else 0)
+    # Without weights groups are of one size.
+    counts = 1 if weights is None else tf.cast(tf.stop_gradient(tf.reshape(count, [-1, 1])), dtype)
+    return y, algebra.average_groups(xp, Moments(mean, variance, counts), None if plan.group_axis is None else 0)
+
+
+def _view(x: Any, plan: Geometry) -> Any:
+    """How the kernels see a batch, of numbers of which some may be known only when the program runs."""
+    sizes = x.shape.as_list()
+    if None in sizes:
+        dynamic = tf.shape(x, tf.int64)
+        sizes = [dynamic[axis] if size is None else size for axis, size in enumerate(sizes)]
+    view = plan.view(sizes)
+    assert view is not None
+    return tf.stack([tf.cast(number, tf.int64) for number in view]) if any(map(tf.is_tensor, view)) else list(view)
 
 
 def _graph() -> Any:
@@ -113,22 +127,25 @@ def _present(value: Any, gradient: Any) -> Any:
 
 @tf.RegisterGradient("BatchnormForward")
 def _forward_gradient(operation: Any, dy: Any, *_: Any) -> list[Any]:
-    x, factor, offset, renorm_mean, _, numbers = operation.inputs
-    _, mean, variance, r, d = operation.outputs
+    x, view, weights, factor, offset, renorm_mean, _, numbers = operation.inputs
+    _, mean, variance, count, r, d = operation.outputs
     for value in (r, d):  # second derivatives must know in graphs, too, whether these are absent
         value.set_shape(renorm_mean.shape)
     dx, dfactor, doffset = _operations.batchnorm_backward(
         x=x,
         dy=dy,
+        view=view,
+        weights=weights,
         numbers=numbers,
         mean=mean,
         variance=variance,
+        count=count,
         factor=factor,
         r=r,
         d=d,
         **_attributes(operation),
     )
-    return [dx, _present(factor, dfactor), _present(offset, doffset), None, None, None]
+    return [dx, None, None, _present(factor, dfactor), _present(offset, doffset), None, None, None]
 
 
 @tf.RegisterGradient("BatchnormBackward")
@@ -137,13 +154,13 @@ def _backward_gradient(operation: Any, *upstream: Any) -> list[Any]:
 
     The moments are taken as the functions of x that they are, so nothing is left for them as inputs.
     """
-    x, dy, numbers, _, _, factor, r, d = operation.inputs
+    x, dy, _, weights, numbers, _, _, _, factor, r, d = operation.inputs
     offset = tf.zeros_like(upstream[2])
     with tf.GradientTape() as outer:
         outer.watch([x, dy, factor])
         with tf.GradientTape() as inner:
             inner.watch([x, factor, offset])
-            y = _composed(x, factor, offset, r, d, numbers[0], _attributes(operation))
+            y = _composed(x, weights, factor, offset, r, d, numbers[0], **_attributes(operation))
         first = inner.gradient(y, [x, factor, offset], output_gradients=dy)
         pairs = [(value, weight) for value, weight in zip(first, upstream, strict=False) if value is not None]
     second = outer.gradient(
@@ -152,21 +169,21 @@ def _backward_gradient(operation: Any, *upstream: Any) -> list[Any]:
         output_gradients=[tf.reshape(weight, tf.shape(value)) for value, weight in pairs],
     )
     dx, ddy, dfactor = second
-    return [dx, ddy, None, None, None, None if dfactor is None else _present(factor, dfactor), None, None]
+    return [dx, ddy, *[None] * 6, None if dfactor is None else _present(factor, dfactor), None, None]
 
 
-def _attributes(operation: Any) -> dict[str, int]:
-    names = ("first", "last", "apart_first", "apart_last", "virtual_batch_size")
-    return {name: operation.get_attr(name) for name in names}
+def _attributes(operation: Any) -> dict[str, Any]:
+    return {name: operation.get_attr(name) for name in ("axes", "virtual_batch_size")}
 
 
-def _composed(x: Any, factor: Any, offset: Any, r: Any, d: Any, epsilon: Any, attributes: dict[str, int]) -> Any:
+def _composed(
+    x: Any, weights: Any, factor: Any, offset: Any, r: Any, d: Any, epsilon: Any, axes: Any, virtual_batch_size: int
+) -> Any:
     """What BatchnormForward computes, of TensorFlow's own operations."""
-    axes = list(range(attributes["first"], attributes["last"] + 1))
-    if attributes["apart_first"] >= 0:
-        axes += range(attributes["apart_first"], attributes["apart_last"] + 1)
-    plan = geometry.plan(tuple(x.shape.as_list()), tuple(axes), attributes["virtual_batch_size"] or None)
-    factor, offset, r, d = (_present(value, value) for value in (factor, offset, r, d))
+    plan = geometry.plan(tuple(x.shape.as_list()), tuple(axes), virtual_batch_size or None)
+    weights, factor, offset, r, d = (_present(value, value) for value in (weights, factor, offset, r, d))
+    if weights is not None:
+        weights = tf.reshape(weights, [1 if axis in axes else size for axis, size in enumerate(xp.shape(x))])
     trained = normalize.train(
         xp,
         tf.cast(x, epsilon.dtype),
@@ -175,5 +192,6 @@ def _composed(x: Any, factor: Any, offset: Any, r: Any, d: Any, epsilon: Any, at
         gamma=factor,
         beta=offset,
         correction=None if r is None else (r, d),
+        weights=weights,
     )
     return tf.cast(trained.y, x.dtype)

@@ -25,6 +25,7 @@ CHOSEN = (
     ("tensorflow", "plain", "the original", {"layout": "features last"}),
     ("tensorflow", "virtual batches", "the original", {"option": "virtual batches"}),
     ("jax", "plain", "flax", {"layout": "features last"}),
+    ("numpy", "plain", "by hand", {"layout": "features last"}),
 )
 """The lines of the README: framework, name, peer, and which rows, of training steps on ResNet-50's shapes."""
 

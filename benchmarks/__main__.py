@@ -25,7 +25,15 @@ from .measure import check, peak_megabytes, times
 from .memory import KEPT, RETURNED, THEIR_OWN, environment
 from .terminal import terminal
 
-TITLES = {"jax": "JAX", "numpy": "NumPy", "pytorch": "PyTorch", "tensorflow": "TensorFlow"}
+TITLES = {
+    "jax": "JAX",
+    "keras-jax": "Keras on JAX",
+    "keras-tensorflow": "Keras on TensorFlow",
+    "keras-torch": "Keras on PyTorch",
+    "numpy": "NumPy",
+    "pytorch": "PyTorch",
+    "tensorflow": "TensorFlow",
+}
 
 
 def main() -> int:

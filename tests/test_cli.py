@@ -26,7 +26,7 @@ def test_info_tells_versions_frameworks_threads_and_who_serves_what() -> None:
     assert "torch 2." in done.stdout
     assert f"CPU kernels: {cpu.instruction_set()}, {cpu.num_threads()} threads" in done.stdout
     found = done.stdout.splitlines()
-    for framework in ("NumPy", "TensorFlow", "PyTorch"):
+    for framework in ("NumPy", "TensorFlow", "Keras", "PyTorch"):
         begin = next(at for at, line in enumerate(found) if line.startswith(framework))
         served = dict(line.strip().split("  ", 1) for line in found[begin + 1 : begin + 1 + len(OPTIONS)])
         assert set(served) == set(OPTIONS)

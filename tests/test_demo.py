@@ -21,8 +21,9 @@ MODULES = {
     "tensorflow": "batchnorm.demo.tensorflow",
     "torch": "batchnorm.demo.pytorch",
     "jax": "batchnorm.demo.jax",
+    "keras": "batchnorm.demo.keras",
 }
-NAMES = {"tensorflow": "TensorFlow", "torch": "PyTorch", "jax": "JAX"}
+NAMES = {"tensorflow": "TensorFlow", "torch": "PyTorch", "jax": "JAX", "keras": "Keras"}
 each_framework = pytest.mark.parametrize("framework", MODULES)
 
 
@@ -259,7 +260,7 @@ def test_a_missing_package_is_named(
 
     monkeypatch.setattr(importlib, "import_module", missing)
     assert demo.main(["--framework", framework]) == 2
-    extras = {"tensorflow": "demo", "torch": "demo,torch", "jax": "demo,flax"}[framework]
+    extras = {"tensorflow": "demo", "torch": "demo,torch", "jax": "demo,flax", "keras": "demo,keras"}[framework]
     assert capsys.readouterr().err == f'batchnorm demo needs {words}: pip install "batchnorm[{extras}]"\n'
 
 
@@ -270,6 +271,11 @@ def test_other_import_errors_are_not_hidden(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(importlib, "import_module", missing)
     with pytest.raises(ModuleNotFoundError, match="other"):
         demo.main([])
+
+
+def test_a_backend_is_for_keras(capsys: pytest.CaptureFixture[str]) -> None:
+    assert demo.main(["--framework", "torch", "--backend", "jax"]) == 2
+    assert "--backend is for --framework keras; received torch" in capsys.readouterr().err
 
 
 def test_an_output_in_no_folder_is_refused_before_the_work(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

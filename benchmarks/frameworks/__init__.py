@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import os
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -64,7 +65,10 @@ class Framework(Protocol):
 
 
 def framework(name: str) -> Framework:
-    """Find the module of a framework."""
+    """Find the module of a framework; that of Keras has a backend, which is read when it is imported."""
+    name, _, backend = name.partition("-")
+    if backend:
+        os.environ["KERAS_BACKEND"] = backend
     module: Any = importlib.import_module(f".{name}", __name__)
     found: Framework = module
     return found

@@ -52,6 +52,8 @@ def lines() -> Iterator[str]:
     yield from _served("NumPy", _numpy_kernel)
     if importlib.util.find_spec("tensorflow") is not None:
         yield from _served("TensorFlow", _tensorflow_kernel)
+    if importlib.util.find_spec("keras") is not None:
+        yield from _served("Keras", _keras_kernel)
     if importlib.util.find_spec("jax") is not None:
         yield from _served("JAX", _jax_kernel)
     if importlib.util.find_spec("torch") is not None:
@@ -89,6 +91,17 @@ def _tensorflow_kernel(options: dict[str, Any], training: bool) -> str | None:
     layer = BatchNormalization(**options)
     layer(tf.ones([4, 2, 2, 3]), training=training)
     return layer.kernel
+
+
+def _keras_kernel(options: dict[str, Any], training: bool) -> str | None:
+    import numpy as np
+
+    from .core.passes import COMPOSED
+    from .keras import BatchNormalization
+
+    layer = BatchNormalization(**options)
+    layer(np.ones((4, 2, 2, 3), np.float32), training=True)
+    return layer.kernel if training else COMPOSED
 
 
 def _jax_kernel(options: dict[str, Any], training: bool) -> str | None:

@@ -43,7 +43,7 @@ def files(folder: str) -> list[Path]:
     return sorted((ROOT / folder).rglob("*.py"))
 
 
-SURFACES = ("flax", "jax", "numpy", "tensorflow", "torch")
+SURFACES = ("flax", "jax", "keras", "numpy", "tensorflow", "torch")
 
 
 def test_there_are_files_to_look_at() -> None:
@@ -51,6 +51,7 @@ def test_there_are_files_to_look_at() -> None:
         "core": {"algebra.py", "geometry.py", "normalize.py", "options.py", "passes.py", "schedules.py", "state.py"},
         "flax": {"linen.py"},
         "jax": {"functional.py", "namespace.py", "primitives.py"},
+        "keras": {"backends.py", "layer.py", "namespace.py", "serialization.py"},
         "numpy": {"compute.py", "layer.py", "namespace.py"},
         "tensorflow": {"base.py", "compute.py", "installing.py", "layer.py", "namespace.py", "operations.py"},
         "torch": {"autograd.py", "cpu.py", "functional.py", "layout.py", "modules.py", "namespace.py", "operators.py"},
@@ -95,6 +96,13 @@ def test_the_jax_layer_imports_jax_core_and_itself(path: Path) -> None:
 @pytest.mark.parametrize("path", files("flax"), ids=lambda path: path.name)
 def test_the_flax_layers_import_flax_jax_core_and_the_function(path: Path) -> None:
     assert strangers(path, "flax", "jax", "batchnorm.core", "batchnorm.jax", "batchnorm.flax") == set()
+
+
+@pytest.mark.parametrize("path", files("keras"), ids=lambda path: path.name)
+def test_the_keras_layer_imports_keras_and_core_and_what_computes_in_one_place(path: Path) -> None:
+    own = ("keras", "batchnorm.core", "batchnorm.cpu", "batchnorm.keras")
+    frameworks = ("tensorflow", "torch", "batchnorm.tensorflow", "batchnorm.torch", "batchnorm.jax")
+    assert strangers(path, *own, *(frameworks if path.name == "backends.py" else ())) == set()
 
 
 def test_the_package_itself_imports_nothing_but_the_cpu_kernels() -> None:

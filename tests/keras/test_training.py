@@ -38,7 +38,7 @@ def head(layer: Any) -> Any:
     return keras.Sequential([keras.Input(SHAPE), layer, keras.layers.Flatten(), keras.layers.Dense(1)])
 
 
-class Subclass(keras.Model):  # type: ignore[misc]
+class Subclass(keras.Model):
     def __init__(self, layer: Any) -> None:
         super().__init__()
         self.norm, self.flatten, self.dense = layer, keras.layers.Flatten(), keras.layers.Dense(1)
@@ -175,9 +175,7 @@ class Noise:
 
     def __call__(self, shape: Any) -> tuple[Any, Any]:
         size = (shape[0], *[1] * (len(shape) - 1))
-        return tuple(  # type: ignore[return-value]
-            keras.random.uniform(size, low, low + 0.4, seed=self.generator) for low in (0.8, -0.2)
-        )
+        return tuple(keras.random.uniform(size, low, low + 0.4, seed=self.generator) for low in (0.8, -0.2))
 
     def get_config(self) -> dict[str, int]:
         return {"seed": self.seed}

@@ -22,6 +22,7 @@ _PACKAGES = {
     "tensorflow": "TensorFlow",
     "torch": "PyTorch",
     "jax": "JAX",
+    "keras": "Keras",
     "flax": "Flax",
     "optax": "Optax",
     "sklearn": "scikit-learn",
@@ -32,6 +33,7 @@ _FRAMEWORKS = {
     "tensorflow": ("tensorflow", "demo"),
     "torch": ("pytorch", "demo,torch"),
     "jax": ("jax", "demo,flax"),
+    "keras": ("keras", "demo,keras"),
 }
 """The module here that runs the experiments on a framework, and the extras that bring what it needs."""
 
@@ -50,6 +52,11 @@ def main(argv: Sequence[str] | None = None, prog: str = "batchnorm demo") -> int
     if not arguments.output.absolute().parent.is_dir():
         print(f"{prog}: --output must be in a folder that exists; received {arguments.output}", file=sys.stderr)
         return 2
+    if arguments.backend is not None:
+        if arguments.framework != "keras":
+            print(f"{prog}: --backend is for --framework keras; received {arguments.framework}", file=sys.stderr)
+            return 2
+        os.environ["KERAS_BACKEND"] = arguments.backend  # which Keras reads when it is imported
     try:
         run = _framework(arguments.framework)
         from . import digits, experiments, report
@@ -83,6 +90,9 @@ def _parser(prog: str) -> argparse.ArgumentParser:
         choices=list(_FRAMEWORKS),
         default="tensorflow",
         help="what to run it on (default: tensorflow); the experiments are the same",
+    )
+    parser.add_argument(
+        "--backend", choices=["tensorflow", "jax", "torch"], help="what Keras computes with (default: as configured)"
     )
     parser.add_argument("--quick", action="store_true", help="train for two steps only, to see that all of it works")
     return parser

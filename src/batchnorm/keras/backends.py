@@ -34,9 +34,7 @@ if BACKEND == "tensorflow":
 
     def serves(x: Any, plan: Geometry, weights: Any) -> bool:
         """Tell whether TensorFlow's operations of the kernels can; XLA does not know them."""
-        size = plan.virtual_batch_size
-        divided = size is None or (x.shape[0] is not None and x.shape[0] % size == 0)
-        return weights is None and divided and operations.serves(x, plan)
+        return _by_position(weights, plan) and operations.serves(x, plan)
 
     def forward(
         x: Any, plan: Geometry, epsilon: float, factor: Any, offset: Any, renorm: Renorm | None, weights: Any
@@ -44,10 +42,14 @@ if BACKEND == "tensorflow":
         """Normalize a batch by the kernels."""
         if renorm is not None:  # copies, for the kernel must see the averages of before the step even if it runs later
             renorm = renorm._replace(mean=tf.identity(renorm.mean), stddev=tf.identity(renorm.stddev))
-        y, averaged = operations.forward(x, plan, epsilon, factor=factor, offset=offset, renorm=renorm)
+        if weights is None and plan.padding(tuple(x.shape)):
+            weights = _ones(x, plan)  # then the operation counts what is in each virtual batch
+        given = {"factor": factor, "offset": offset, "renorm": renorm, "weights": weights}
+        y, averaged = operations.forward(x, plan, epsilon, **given)
         y.set_shape(x.shape)
-        count = xp.astype(plan.whole.count(xp.shape(x)), averaged.mean.dtype)
-        return y, averaged._replace(count=count)
+        if weights is None:
+            averaged = averaged._replace(count=xp.astype(plan.whole.count(xp.shape(x)), averaged.mean.dtype))
+        return y, averaged
 
     def is_known(x: Any) -> bool:
         """Tell whether values can be looked at."""
@@ -88,13 +90,14 @@ elif BACKEND == "jax":
 
     def serves(x: Any, plan: Geometry, weights: Any) -> bool:
         """Tell whether the primitives can, which compose what is not for one CPU."""
-        return weights is None and primitives.serves(x, plan)
+        return primitives.serves(x, plan, weights)
 
     def forward(
         x: Any, plan: Geometry, epsilon: float, factor: Any, offset: Any, renorm: Renorm | None, weights: Any
     ) -> tuple[Any, Moments]:
         """Normalize a batch by the kernels, or what they stand for where the program is for several devices."""
-        return primitives.forward(x, plan, epsilon, factor=factor, offset=offset, renorm=renorm)
+        given = {"factor": factor, "offset": offset, "renorm": renorm, "weights": weights}
+        return primitives.forward(x, plan, epsilon, **given)
 
     def is_known(x: Any) -> bool:
         """Tell whether values can be looked at: a program of JAX knows them only when it runs."""
@@ -175,6 +178,8 @@ def train(
     renorm = Renorm(values["renorm_mean"], values["renorm_stddev"], clipping) if options.renorm else None
     by_feature = adjustment is None or plan.check_adjustment([tuple(each.shape) for each in adjustment], tuple(x.shape))
     epsilon = options.epsilon
+    if weights is None and plan.group_axis is not None and not isinstance(xp.shape(x)[0], int):
+        weights = _ones(x, plan)  # so that virtual batches need not divide a size that is not known yet
     kernel = passes.select(options.fused, {KERNEL: by_feature and merge is None and serves(x, plan, weights)})
     if kernel == KERNEL:
         if adjustment is not None:
@@ -182,8 +187,6 @@ def train(
         factor, offset = normalize.fold(xp, gamma, beta, adjustment)
         y, averaged = forward(x, plan, epsilon, factor, offset, renorm, weights)
     else:
-        if weights is None and plan.group_axis is not None and not isinstance(xp.shape(x)[0], int):
-            weights = _ones(x, plan)  # so that virtual batches need not divide a size that is not known yet
         trained = normalize.train(
             xp,
             wide(x),
@@ -216,5 +219,10 @@ def wide(value: Any, x: Any = None) -> Any:
 
 
 def _ones(x: Any, plan: Geometry) -> Any:
-    """Weights of 1 for every position."""
-    return xp.ones_like(x[tuple(slice(0, 1 if axis in plan.axes else None) for axis in range(plan.rank))])
+    """A mask of everything."""
+    return xp.ones_like(x[tuple(slice(0, 1 if axis in plan.axes else None) for axis in range(plan.rank))]) > 0
+
+
+def _by_position(weights: Any, plan: Geometry) -> bool:
+    """Tell whether weights are of positions, the same for all features."""
+    return weights is None or all(weights.shape[axis] == 1 for axis in plan.axes)

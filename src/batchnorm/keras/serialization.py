@@ -61,7 +61,6 @@ def limits(clipping: Clipping) -> dict[str, Any] | None:
 def tensors(clipping: Clipping) -> Clipping:
     """The same limits, with the values of variables in their place, which the limits do not train."""
 
-
     def read(limit: Any) -> Any:
         return keras.ops.stop_gradient(limit.value) if isinstance(limit, keras.Variable) else limit
 

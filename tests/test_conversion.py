@@ -402,6 +402,9 @@ def test_the_command_says_what_it_did_and_what_it_left(tmp_path: pathlib.Path) -
     assert (done.returncode, done.stdout) == (0, "a -> norm\n1 other variables are not in b.npz\n"), done.stderr
     with np.load(tmp_path / "b.npz") as found:
         assert set(found) == {"norm.running_mean", "norm.running_var", "norm.num_batches_tracked"}
+    done = command("a.npz", "c.npz", "--rename", "norm")
+    assert (done.returncode, (tmp_path / "c.npz").exists()) == (2, False)
+    assert "--rename must be PATTERN=REPLACEMENT; received ['norm']" in done.stderr
     done = command("a.npz", "b.npz", "--renorm")
     assert done.returncode == 2
     assert done.stderr.startswith("batchnorm convert: 'a' in a.npz cannot be converted: epsilon must be given")

@@ -83,8 +83,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _convert(options: argparse.Namespace) -> int:
     from .conversion import convert_file
 
+    rename = [pair.rpartition("=")[::2] for pair in options.rename]  # patterns may hold the sign, too
+    if not all(pattern for pattern, _ in rename):
+        print(f"batchnorm convert: --rename must be PATTERN=REPLACEMENT; received {options.rename}", file=sys.stderr)
+        return 2
     try:
-        rename = [(pattern, to) for pattern, _, to in (pair.partition("=") for pair in options.rename)]
         done = convert_file(
             options.source,
             options.target,

@@ -24,7 +24,7 @@ __all__ = ["KEEPS_MEMORY", "PEERS", "TITLE", "array", "configure", "contenders",
 BACKEND: str = keras.backend.backend()
 TITLE = f"Keras on {BACKEND}"
 KEEPS_MEMORY = BACKEND == "tensorflow"
-PEERS = ("Keras", "Keras, jit")
+PEERS = ("Keras",) if BACKEND == "jax" else ("Keras", "Keras, jit")
 LIMITS = {"rmin": 1 / 3, "rmax": 3.0, "dmax": 5.0}
 DEFAULT = BACKEND == "jax"
 """Whether `fit` compiles by default on a CPU."""

@@ -52,8 +52,13 @@ def functional(layer: Any) -> Any:
     return keras.Model(inputs, keras.layers.Dense(1)(keras.layers.Flatten()(layer(inputs))))
 
 
-@pytest.mark.parametrize("jit", [False, True, "auto"])
-@pytest.mark.parametrize("options", OPTIONS)
+COMPILED = ("plain", "schedule and virtual batches", "composed")
+
+
+@pytest.mark.parametrize(
+    ("options", "jit"),
+    [*((name, "auto") for name in OPTIONS), *((name, jit) for name in COMPILED for jit in (False, True))],
+)
 def test_fit_reaches_the_statistics_of_the_reference_and_predicts_by_them(options: str, jit: Any) -> None:
     layer = BatchNormalization(momentum=0.8, **OPTIONS[options])
     reference = numpy_of(layer)

@@ -166,6 +166,25 @@ def test_options_change_in_layers_that_are_ours_and_the_rest_of_them_stays() -> 
     np.testing.assert_array_equal(keras.ops.convert_to_numpy(layer.moving_variance), averages)
 
 
+def test_the_random_numbers_of_an_adjustment_come_and_go_with_it() -> None:
+    class Jitter:
+        def __init__(self) -> None:
+            self.generator = keras.random.SeedGenerator(0)
+
+        def __call__(self, shape: Any) -> Any:
+            scale = keras.random.uniform((shape[-1],), 0.9, 1.1, seed=self.generator)
+            return scale, keras.ops.zeros_like(scale)
+
+    model = keras.Sequential([keras.Input((4,)), Stock()])
+    jitter = Jitter()
+    for options, count in (({"adjustment": jitter}, 5), ({"adjustment": Jitter()}, 5), ({"fused": False}, 5)):
+        convert(model, **options)
+        assert len(model.variables) == count
+        model(X.reshape(-1, 4), training=True)
+    assert model.layers[0].adjustment is not jitter
+    assert len(revert(model).variables) == 4
+
+
 def test_what_cannot_be_converted_is_named() -> None:
     class Mine(keras.layers.BatchNormalization):
         pass

@@ -147,6 +147,8 @@ def _become(layer: Layer, new: Layer, general: set[str]) -> None:
             layer._untrack_variable(old)
         elif value is not None:
             value._path = f"{scope}/{name}"  # it was made outside of the model
+    for generator in list(vars(layer).get("_generators") or ()):  # of an adjustment that it may lose
+        layer._tracker.untrack(generator)
     given = {name: value for name, value in vars(new).items() if name not in general and not name.startswith("_self_")}
     stays = {name for name in WEIGHTS if vars(layer).get(name) is not None and given.get(name) is not None}
     for name in list(vars(layer)):

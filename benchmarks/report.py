@@ -19,21 +19,13 @@ MODES = ("forward", "step", "inference")
 MEMORY = {KEPT: "memory kept by the process", RETURNED: "memory returned to the system", THEIR_OWN: "its own memory"}
 
 CHOSEN = (
-    ("pytorch", "contiguous", "torch.nn", {"layout": "features first"}),
-    ("pytorch", "contiguous", "torch.compile", {"layout": "features first"}),
-    ("pytorch", "channels_last", "torch.nn", {"layout": "features last"}),
-    ("pytorch", "channels_last", "torch.compile", {"layout": "features last"}),
-    ("pytorch", "contiguous, bfloat16", "torch.nn", {"layout": "features first", "dtype": "bfloat16"}),
+    ("pytorch", "plain", "torch.nn", {"layout": "features first"}),
+    ("pytorch", "plain", "torch.compile", {"layout": "features first"}),
     ("pytorch", "renorm", "torchrl", {"option": "renorm"}),
-    ("tensorflow", "features last", "the original", {"layout": "features last"}),
-    ("tensorflow", "features first", "the original", {"layout": "features first"}),
-    ("tensorflow", "renorm", "the original", {"option": "renorm"}),
+    ("tensorflow", "plain", "the original", {"layout": "features last"}),
     ("tensorflow", "virtual batches", "the original", {"option": "virtual batches"}),
-    ("jax", "features last", "flax", {"layout": "features last"}),
-    ("jax", "features first", "flax", {"layout": "features first"}),
-    ("jax", "renorm", "sbx", {"option": "renorm"}),
-    ("numpy", "features last", "by hand", {"layout": "features last"}),
-    ("numpy", "features first", "by hand", {"layout": "features first"}),
+    ("jax", "plain", "flax", {"layout": "features last"}),
+    ("numpy", "plain", "by hand", {"layout": "features last"}),
 )
 """The lines of the README: framework, name, peer, and which rows, of training steps on ResNet-50's shapes."""
 

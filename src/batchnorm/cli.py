@@ -1,4 +1,4 @@
-"""The command line: run a TensorFlow 1 script with the layer back in place, show it at work, help a bug report."""
+"""The command line: run a TensorFlow 1 script, convert files, show the layer at work, help a bug report."""
 
 from __future__ import annotations
 
@@ -34,6 +34,32 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     run.add_argument("script", metavar="SCRIPT")
     run.add_argument("arguments", metavar="ARGS", nargs=argparse.REMAINDER)
+    convert = commands.add_parser(
+        "convert",
+        help="convert a file of variables from one framework's names to another's",
+        description="Write the batch normalization layers of SOURCE to TARGET under the names of another framework. "
+        "Files: .pt and .pth (a state dict), .safetensors, .msgpack (Flax), .npz, .keras, .weights.h5 and .h5 (Keras), "
+        "and the prefix of a TensorFlow checkpoint. Within one framework everything else is copied as it is.",
+    )
+    convert.add_argument("source", metavar="SOURCE")
+    convert.add_argument("target", metavar="TARGET")
+    convert.add_argument(
+        "--to",
+        choices=["tensorflow", "torch", "flax", "linen"],
+        help="names to write, if not those that the kind of TARGET suggests; tensorflow's are Keras' and NumPy's, too",
+    )
+    convert.add_argument("--into", metavar="FILE", help="make TARGET a copy of FILE with these layers' variables")
+    convert.add_argument(
+        "--rename",
+        metavar="PATTERN=REPLACEMENT",
+        action="append",
+        default=[],
+        help="replace a regular expression in the names of layers; may be given several times",
+    )
+    convert.add_argument(
+        "--renorm", action=argparse.BooleanOptionalAction, help="with or without the averages of batch renormalization"
+    )
+    convert.add_argument("--epsilon", type=float, help="that of the layers, where standard deviations follow from it")
     commands.add_parser("info", help="print what a bug report needs")
     commands.add_parser("demo", help="train small networks on handwritten digits", add_help=False)
     options, rest = parser.parse_known_args(argv)
@@ -49,7 +75,36 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     if rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if options.command == "convert":
+        return _convert(options)
     return _run(options.script, options.arguments, options.module, options.fused or None)
+
+
+def _convert(options: argparse.Namespace) -> int:
+    from .conversion import convert_file
+
+    rename = [pair.rpartition("=")[::2] for pair in options.rename]  # patterns may hold the sign, too
+    if not all(pattern for pattern, _ in rename):
+        print(f"batchnorm convert: --rename must be PATTERN=REPLACEMENT; received {options.rename}", file=sys.stderr)
+        return 2
+    try:
+        done = convert_file(
+            options.source,
+            options.target,
+            to=options.to,
+            into=options.into,
+            rename=rename,
+            renorm=options.renorm,
+            epsilon=options.epsilon,
+        )
+    except (ValueError, OSError, ModuleNotFoundError) as error:
+        print(f"batchnorm convert: {error}", file=sys.stderr)
+        return 2
+    for source, target in done.layers.items():
+        print(f"{source or '(the file itself)'} -> {target or '(the file itself)'}")
+    if done.left:
+        print(f"{done.left} other variables are not in {options.target}")
+    return 0
 
 
 def _run(script: str, arguments: list[str], module: bool, fused: bool | None) -> int:

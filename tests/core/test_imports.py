@@ -100,7 +100,7 @@ def test_the_flax_layers_import_flax_jax_core_and_the_function(path: Path) -> No
 
 @pytest.mark.parametrize("path", files("keras"), ids=lambda path: path.name)
 def test_the_keras_layer_imports_keras_and_core_and_what_computes_in_one_place(path: Path) -> None:
-    own = ("keras", "batchnorm.core", "batchnorm.cpu", "batchnorm.keras")
+    own = ("keras", "numpy", "h5py", "batchnorm.core", "batchnorm.cpu", "batchnorm.keras")
     frameworks = ("tensorflow", "torch", "batchnorm.tensorflow", "batchnorm.torch", "batchnorm.jax")
     assert strangers(path, *own, *(frameworks if path.name == "backends.py" else ())) == set()
 

@@ -8,7 +8,10 @@ from typing import Any, Protocol
 from .algebra import Array
 from .options import Options
 
-__all__ = ["OLDER_RENORM", "modernize", "names"]
+__all__ = ["OLDER_RENORM", "RENORM", "modernize", "names"]
+
+RENORM = ("moving_stddev", "renorm_mean", "renorm_stddev")
+"""What a renorm layer keeps beside the moving statistics."""
 
 OLDER_RENORM = (
     "moving_mean",
@@ -28,7 +31,7 @@ def names(options: Options) -> tuple[str, ...]:
     ('beta', 'moving_mean', 'moving_variance', 'moving_stddev', 'renorm_mean', 'renorm_stddev')
     """
     parameters = ("gamma",) * options.scale + ("beta",) * options.center
-    renorm = ("moving_stddev", "renorm_mean", "renorm_stddev") if options.renorm else ()
+    renorm = RENORM if options.renorm else ()
     return (*parameters, "moving_mean", "moving_variance", *renorm)
 
 

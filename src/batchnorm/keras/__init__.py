@@ -9,6 +9,8 @@
 
 from batchnorm.core.schedules import ClippingSchedule
 
+from .conversion import convert, revert
 from .layer import BatchNormalization
+from .saving import load_model
 
-__all__ = ["BatchNormalization", "ClippingSchedule"]
+__all__ = ["BatchNormalization", "ClippingSchedule", "convert", "load_model", "revert"]

@@ -15,7 +15,7 @@ from batchnorm.core.geometry import Geometry
 from batchnorm.core.normalize import Pair
 from batchnorm.core.options import Clipping, Options, flag, pair
 
-from . import backends, serialization
+from . import backends, configuration, serialization
 from .backends import xp
 
 __all__ = ["BatchNormalization"]
@@ -316,10 +316,17 @@ class BatchNormalization(keras.layers.BatchNormalization):  # type: ignore[misc]
             config["adjustment"] = serialization.function_config("adjustment", self.adjustment)
         return config
 
+    def load_own_variables(self, store: Any) -> None:
+        """Load the weights, also those of a layer with virtual batches that had an axis for them."""
+        if len(store.keys()) == len(self.weights):
+            shapes = {str(at): weight.shape for at, weight in enumerate(self.weights)}
+            store = {name: configuration.shaped(store[name], shape) for name, shape in shapes.items()}
+        super().load_own_variables(store)
+
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> BatchNormalization:
-        """Make a layer of a configuration."""
-        config = dict(config)
+        """Make a layer of a configuration, of any generation of Keras."""
+        config = configuration.read(config)
         if config.get("renorm_clipping") is not None:
             config["renorm_clipping"] = serialization.clipping_of(config["renorm_clipping"])
         if config.get("adjustment") is not None:

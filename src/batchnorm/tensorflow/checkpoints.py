@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ import tensorflow as tf
 
 from batchnorm.core import state
 
-__all__ = ["modernize_checkpoint"]
+__all__ = ["modernize_checkpoint", "read", "write"]
 
 v1 = tf.compat.v1
 
@@ -37,8 +38,7 @@ def modernize_checkpoint(source: str | os.PathLike[str], target: str | os.PathLi
     source, target = os.fspath(source), os.fspath(target)
     if os.path.abspath(source) == os.path.abspath(target):
         raise ValueError(f"target must differ from source; received {target!r} for both.")
-    reader = tf.train.load_checkpoint(source)
-    tensors = {name: reader.get_tensor(name) for name in reader.get_variable_to_shape_map()}
+    tensors = read(source)
     suffix = "renorm_mean_weight"
     prefixes = [name.removesuffix(suffix) for name in tensors if name.endswith(suffix)]
     for prefix in prefixes:
@@ -46,11 +46,18 @@ def modernize_checkpoint(source: str | os.PathLike[str], target: str | os.PathLi
         old = {name.removeprefix(prefix): tensors.pop(name) for name in names}
         new = state.modernize(np, old, epsilon)
         tensors |= {prefix + name: value.astype(old["moving_variance"].dtype) for name, value in new.items()}
-    _write(target, tensors)
+    write(target, tensors)
     return len(prefixes)
 
 
-def _write(prefix: str, tensors: dict[str, Any]) -> None:
+def read(prefix: str) -> dict[str, Any]:
+    """Read the tensors of a checkpoint by name."""
+    reader = tf.train.load_checkpoint(prefix)
+    return {name: reader.get_tensor(name) for name in reader.get_variable_to_shape_map()}
+
+
+def write(prefix: str, tensors: Mapping[str, Any]) -> None:
+    """Write a checkpoint by name, as ``tf.compat.v1.train.Saver`` reads it."""
     names = sorted(tensors)
     with tf.Graph().as_default(), v1.Session() as session:
         session.run(

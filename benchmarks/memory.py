@@ -16,6 +16,7 @@ _KEEP = {
     "MALLOC_MMAP_MAX_": "0",
     "MALLOC_TRIM_THRESHOLD_": str(16 * 2**30),
     "MALLOC_TOP_PAD_": str(512 * 2**20),
+    "MALLOC_ARENA_MAX": "1",  # heaps of other threads, in which XLA allocates, go back whatever the others say
 }
 
 

@@ -35,7 +35,7 @@ class Critic(nn.Module):
         return nn.Dense(1)(nn.relu(hidden))[..., 0]
 
 
-def train(norm: Callable[..., nn.Module]) -> tuple[Any, Any]:
+def train(norm: Callable[..., nn.Module]) -> Any:
     """Updates of two critics on a toy problem: one forward pass over this batch and the next, and no target network."""
     critics = nn.vmap(
         Critic, variable_axes={"params": 0, "batch_stats": 0}, split_rngs={"params": True}, in_axes=None, axis_size=2
@@ -59,10 +59,8 @@ def train(norm: Callable[..., nn.Module]) -> tuple[Any, Any]:
         return (optax.apply_updates(parameters, changes), moved, moments), value
 
     begin = variables["params"], variables["batch_stats"], optimizer.init(variables["params"])
-    (_, statistics, _), losses = jax.jit(lambda *given: jax.lax.scan(update, *given))(
-        begin, jax.random.split(jax.random.key(1), STEPS)
-    )
-    return losses, next(iter(statistics.values()))
+    _, losses = jax.jit(lambda *given: jax.lax.scan(update, *given))(begin, jax.random.split(jax.random.key(1), STEPS))
+    return losses
 
 
 @pytest.fixture
@@ -74,11 +72,10 @@ def batch_renorm() -> Any:
 
 @pytest.mark.slow
 def test_crossq_s_critics_learn_as_with_sbx_and_alike_until_renorm_begins(batch_renorm: Any) -> None:
-    ours, statistics = train(OURS)
-    theirs, expected = train(functools.partial(batch_renorm, warmup_steps=WARM_UP))
+    ours = train(OURS)
+    theirs = train(functools.partial(batch_renorm, warmup_steps=WARM_UP))
     np.testing.assert_allclose(ours[:WARM_UP], theirs[:WARM_UP], rtol=1e-3)
     # From there on ours moves the standard deviation where theirs moves the variance.
     np.testing.assert_allclose(ours[WARM_UP:], theirs[WARM_UP:], rtol=0.2)
     assert abs(ours[WARM_UP:] - theirs[WARM_UP:]).max() > 1e-4
-    np.testing.assert_allclose(statistics["mean"], expected["mean"], atol=0.05)
     assert ours[-20:].mean() < 0.5 * ours[:20].mean()

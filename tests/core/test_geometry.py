@@ -272,17 +272,20 @@ def test_sizes_off_the_feature_axes_may_be_unknown() -> None:
 
 
 def test_symbolic_sizes_pass_through() -> None:
-    class Symbol:
-        def __floordiv__(self, other: int) -> tuple[str, int]:
-            return ("floordiv", other)
+    class Symbol(str):
+        def __neg__(self) -> Symbol:
+            return Symbol(f"-({self})")
 
-        def __rmul__(self, other: int) -> tuple[str, int]:
-            return ("mul", other)
+        def __floordiv__(self, other: int) -> Symbol:
+            return Symbol(f"{self} // {other}")
 
-    symbol = Symbol()
+        def __rmul__(self, other: Any) -> Symbol:
+            return Symbol(f"{other} * {self}")
+
+    symbol = Symbol("n")
     geometry = plan((None, None, 3), -1, 4)
-    assert geometry.split((symbol, 5, 3)) == (4, ("floordiv", 4), 5, 3)
-    assert plan((None, 3), -1, None).count((symbol, 3)) == ("mul", 1)
+    assert geometry.split((symbol, 5, 3)) == (4, "-(-(n) // 4)", 5, 3)  # as many groups as hold all samples
+    assert plan((None, 3), -1, None).count((symbol, 3)) == "1 * n"
 
 
 def test_equal_questions_have_one_answer() -> None:

@@ -170,12 +170,12 @@ class Geometry:
         if self.virtual_batch_size is None:
             return tuple(shape)
         batch, *rest = shape
-        known = isinstance(batch, int)
-        if not known and not uneven:
-            return (self.virtual_batch_size, batch // self.virtual_batch_size, *rest)
         groups = -(-batch // self.virtual_batch_size)
-        divisor = max(groups, 1) if known else groups + 1 // (batch + 1)  # 1 where there is no sample
-        return (-(-batch // divisor), groups, *rest)
+        if isinstance(batch, int):
+            return (-(-batch // max(groups, 1)), groups, *rest)
+        if uneven:
+            return (-(-batch // (groups + 1 // (batch + 1))), groups, *rest)  # divided by 1 where there is no sample
+        return (self.virtual_batch_size, groups, *rest)
 
     def padding(self, shape: Sequence[Any], *, uneven: bool = False) -> Any:
         """Count the samples that fill up the last row of the view."""

@@ -18,7 +18,6 @@ lint: .venv/.installed
 	$(BIN)/clang-format --dry-run --Werror $(SOURCES)
 
 bench: .venv/.installed
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[bench]"
 	for framework in tensorflow pytorch numpy jax; do $(BIN)/python -m benchmarks $$framework --update-docs || exit 1; done
 
 format: .venv/.installed

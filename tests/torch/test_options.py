@@ -36,6 +36,7 @@ class Adjust:
 
     axes: tuple[int, ...]
     dtype: torch.dtype = torch.float64
+    device: str = "cpu"
     shapes: list[tuple[int, ...]] = dataclasses.field(default_factory=list)
     last: tuple[Tensor, Tensor] | None = None
 
@@ -44,7 +45,9 @@ class Adjust:
         generator = torch.Generator().manual_seed(len(self.shapes))
         sizes = [size if axis in self.axes else 1 for axis, size in enumerate(shape)]
         # Eighths, which every type can hold.
-        scale, bias = (torch.randint(1, 9, sizes, generator=generator).to(self.dtype) / 8 for _ in range(2))
+        scale, bias = (
+            torch.randint(1, 9, sizes, generator=generator).to(self.device, self.dtype) / 8 for _ in range(2)
+        )
         self.last = scale.add(0.5).requires_grad_(), bias.requires_grad_()
         return self.last[0], self.last[1]
 

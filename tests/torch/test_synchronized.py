@@ -18,7 +18,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.utils.checkpoint import checkpoint
 
-from batchnorm.torch import BatchNorm, ClippingSchedule, batch_norm, freeze, hold, recalibrate
+from batchnorm.torch import BatchNorm, ClippingSchedule, batch_norm, freeze, hold, recalibrate, synchronized
 
 from .replicas import Process, buffers, run
 
@@ -601,3 +601,15 @@ def test_without_a_process_group_a_layer_is_local(options: dict[str, Any]) -> No
     assert layer.kernel == other.kernel
     with pytest.raises(ValueError, match="Expected more than 1 value per channel"):
         layer(x[:1])
+
+
+def test_a_compiler_that_differentiates_no_collective_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"is_initialized": True, "get_world_size": 2, "get_backend_config": "cpu:gloo"}.items():
+        monkeypatch.setattr(distributed, name, lambda group=None, value=value: value)
+    x = torch.ones(3, FEATURES)
+    assert synchronized.replicas(x, True, None) is not None
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert synchronized.replicas(x, True, None) is not None
+    monkeypatch.setattr(synchronized, "COMPILES", False)
+    with pytest.raises(NotImplementedError, match=r"2\.13 or later within torch\.compile; received 2\.\d+"):
+        synchronized.replicas(x, True, None)

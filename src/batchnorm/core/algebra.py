@@ -420,4 +420,4 @@ def step(
         variance = averages["moving_variance"]
         follows = xp.astype(inference_variance(xp, new["moving_stddev"], epsilon), variance.dtype)
         new["moving_variance"] = follows if moves is None else xp.where(moves, follows, variance)
-    return new if old is averages else {name: new[name] for name in averages}
+    return {name: new[name] for name in averages}

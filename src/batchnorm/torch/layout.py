@@ -21,6 +21,7 @@ __all__ = [
     "is_batched",
     "is_eager",
     "is_exported",
+    "is_exporting",
     "is_kept",
     "is_recorded",
     "is_traced",
@@ -95,7 +96,14 @@ def is_recorded() -> bool:
 
 def is_exported() -> bool:
     """Tell whether what is called now goes into a program that is to run without this package, in one mode."""
-    return torch.compiler.is_exporting() or is_recorded()
+    return is_exporting() or is_recorded()
+
+
+def is_exporting() -> bool:
+    """Tell whether `torch.export` is at work."""
+    if torch.__version__ >= "2.13":
+        return torch.compiler.is_exporting()
+    return getattr(torch.compiler, "_is_exporting_flag", False)  # the function is always true in what is compiled
 
 
 def is_batched(gradient: Tensor) -> bool:

@@ -263,7 +263,7 @@ class Layer(_BatchNorm):
         if self.track_running_stats:
             running_mean, running_var = self.running_mean, self.running_var
         y = nn.functional.batch_norm(
-            layout.canonical(input), running_mean, running_var, self.weight, self.bias, True, momentum, self.eps
+            layout.canonical(input), running_mean, running_var, self.weight, self.bias, True, float(momentum), self.eps
         )
         if batches is not None:
             batches.add_(1)
@@ -280,7 +280,8 @@ class Layer(_BatchNorm):
             return batches, self.momentum
         if batches is None:
             return None, 0.0
-        return batches, 1.0 / ((batches if compiling else float(batches)) + 1)
+        at_hand = batches.is_cpu and not compiling  # a graph cannot look at it, and from elsewhere it would take a wait
+        return batches, 1.0 / ((float(batches) if at_hand else batches) + 1)
 
     def __prepare_scriptable__(self) -> Layer:
         """Say what `torch.jit.script` cannot do, before it tries."""

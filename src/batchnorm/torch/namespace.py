@@ -5,6 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import layout
+
 __all__ = [
     "astype",
     "broadcast_to",
@@ -64,7 +66,7 @@ def stop_gradient(x: Any, /) -> Any:
 
     A compiler must not compute them again for the backward pass: by then the averages that r and d are of have moved.
     """
-    if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+    if torch.compiler.is_compiling() and not layout.is_exporting():
         kept: Tensor = torch.ops.batchnorm.keep(x.detach())
         return kept
     return x.detach()

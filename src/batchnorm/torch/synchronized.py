@@ -22,6 +22,8 @@ from .cpu import Replica, Static
 __all__ = ["Replicas", "replicas"]
 
 EXACT = torch.float64
+COMPILES = torch.__version__ >= "2.13"
+"""Whether PyTorch's compilers differentiate a sum over processes; earlier ones gave wrong gradients, without a word."""
 
 
 class Replicas(NamedTuple):
@@ -103,6 +105,11 @@ def replicas(x: Tensor, synchronized: bool, group: Any) -> Replicas | None:
         return None
     if not torch.compiler.is_compiling():
         checks.engine(x, distributed.get_backend_config(group))
+    elif not COMPILES:
+        raise NotImplementedError(
+            f"synchronized=True needs PyTorch 2.13 or later within torch.compile; received {torch.__version__}. Put "
+            f"torch.compiler.disable around the layer."
+        )
     return Replicas(group)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -193,10 +194,9 @@ class Noise:
         return cls(**config)
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # PyTorch's compiler asks
 @pytest.mark.parametrize("jit", [False, True])
 def test_a_random_adjustment_draws_anew_at_each_step(jit: bool, tmp_path: Path) -> None:
-    if BACKEND == "torch" and jit:
-        pytest.skip("PyTorch's compiler fails on random numbers that keras.random draws by a SeedGenerator")
     layer = BatchNormalization(adjustment=Noise(3))
     model = head(layer)
     model.compile("sgd", "mse", jit_compile=jit)
@@ -298,6 +298,32 @@ def test_a_compiled_step_is_one_graph_and_evaluation_can_be_exported() -> None:
     model = head(layer).eval()
     program = torch.export.export(model, (x,))
     torch.testing.assert_close(program.module()(x), model(x))
+
+
+@only["torch"]
+def test_compiled_under_a_mask_the_operators_give_what_the_kernels_give() -> None:
+    import torch
+
+    layer, eager = (BatchNormalization(renorm=True) for _ in range(2))
+    x = torch.as_tensor(data(8)[0])
+    dy = x.flip(0)
+    for made in (layer, eager):
+        made.build(x.shape)
+
+    def train(layer: Any, x: Any) -> Any:
+        return layer.call(x, training=True, mask=x[..., 0] > 2)  # Keras hangs masks on tensors, where graphs break
+
+    compiled = torch.compile(functools.partial(train, layer), backend="eager", fullgraph=True)
+    for at in range(2):
+        found, expected = (x + at).requires_grad_(), (x + at).requires_grad_()
+        y, right = compiled(found), train(eager, expected)
+        torch.testing.assert_close(y, right)
+        for result in (y, right):
+            result.backward(dy)
+        torch.testing.assert_close(found.grad, expected.grad)
+    assert layer.kernel == eager.kernel == KERNEL
+    for one, other in zip(layer.get_weights(), eager.get_weights(), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
 
 
 @only["jax"]

@@ -71,14 +71,14 @@ elif BACKEND == "torch":
 
     def serves(x: Any, plan: Geometry, weights: Any) -> bool:
         """Tell whether the kernels can; they know no transformations of `torch.func`."""
-        known = weights is None and x.numel() > 0 and not layout.is_transformed() and not layout.is_exported()
-        return known and cpu.serves(x, plan, layout.is_traced())
+        known = x.numel() > 0 and not layout.is_transformed() and not layout.is_exported()
+        return known and _by_position(weights, plan) and cpu.serves(x, plan, layout.is_traced())
 
     def forward(
         x: Any, plan: Geometry, epsilon: float, factor: Any, offset: Any, renorm: Renorm | None, weights: Any
     ) -> tuple[Any, Moments]:
         """Normalize a batch by the kernels: eagerly as functions, in a graph as operators."""
-        static = cpu.Static(epsilon, plan.axes, plan.virtual_batch_size)
+        static = cpu.Static(epsilon, plan.axes, plan.virtual_batch_size, zeroed=False)
         if layout.is_traced():
             y, moments, counts = operators.forward(x, factor, offset, renorm, weights, static)
         else:

@@ -165,7 +165,8 @@ def composed(
     """What `cpu.backward` computes, of PyTorch's own operations, which have derivatives and know batched tensors."""
     plan = layout.plan(x, static.axes, static.virtual_batch_size)
     dtype = wide(x)
-    given: Any = {"gamma": factor, "beta": offset, "weights": weights, "masked": "zero"}
+    masked = "zero" if static.zeroed else "normalized"
+    given: Any = {"gamma": factor, "beta": offset, "weights": weights, "masked": masked}
     corrected = None if correction is None or not correction.numel() else (correction[0], correction[1])
     trained = normalize.train(xp, x.to(dtype), plan, static.epsilon, correction=corrected, **given)
     found = normalize.train_gradient(xp, dy.to(dtype), trained, plan, static.epsilon, **given)

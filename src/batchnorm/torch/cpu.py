@@ -70,6 +70,8 @@ class Static(NamedTuple):
     epsilon: float
     axes: tuple[int, ...]
     virtual_batch_size: int | None
+    zeroed: bool = True
+    """Whether what weighs nothing is 0 in the output, and its gradient not looked at."""
 
 
 class Averages(NamedTuple):
@@ -158,7 +160,7 @@ def forward(
     dtype = wide(x)
     x, view, kernel = layout.kernel(x, static.axes, static.virtual_batch_size, static.epsilon)
     y = torch.empty_like(x)
-    optional, weights = _weighed(weights, dtype)
+    optional, weights = _weighed(weights, dtype, static)
     counts = correction = None
     moments = torch.empty((2, view.virtual_batches, view.parameters), dtype=torch.float64, device=x.device)
     if weights is not None or static.virtual_batch_size is not None or totals is not None:
@@ -235,7 +237,7 @@ def backward(
     factor = _dense(factor, dtype)
     mean, variance = _halves(moments)
     r, d = _halves(correction)
-    optional, weights = _weighed(weights, dtype)
+    optional, weights = _weighed(weights, dtype, static)
     if weights is not None:
         optional["count"] = _halves(counts)[0]
     kernel.backward_at(
@@ -253,7 +255,7 @@ def totals(x: Tensor, weights: Tensor | None, static: Static) -> Tensor:
     """Measure what replicas add up, as `algebra.totals` in float64."""
     x, view, kernel = layout.kernel(x, static.axes, None, static.epsilon)
     found = torch.empty(2 + 2 * view.parameters, dtype=torch.float64, device=x.device)
-    optional, weights = _weighed(weights, wide(x))
+    optional, weights = _weighed(weights, wide(x), static)
     optional.pop("zeroed", None)
     kernel.totals_at(threads=torch.get_num_threads(), x=_at("x", x), totals=_at("totals", found), **optional)
     return found
@@ -292,7 +294,7 @@ class Replica(NamedTuple):
         dy, factor = _beside(dy, x), _dense(self.factor, dtype)
         mean, variance = _halves(self.moments)
         r, d = _halves(self.correction)
-        optional, weights = _weighed(self.weights, dtype)
+        optional, weights = _weighed(self.weights, dtype, self.static)
         getattr(kernel, method)(
             threads=torch.get_num_threads(), x=_at("x", x), dy=_at("dy", dy), mean=mean, variance=variance,
             count=_at("counts", self.counts), factor=_at("factor", factor), r=r, d=d, totals=_at("totals", totals),
@@ -316,7 +318,7 @@ def _dense(value: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return value if value is None or (value.dtype == dtype and value.is_contiguous()) else value.to(dtype).contiguous()
 
 
-def _weighed(weights: Tensor | None, dtype: torch.dtype) -> tuple[dict[str, Any], Tensor | None]:
+def _weighed(weights: Tensor | None, dtype: torch.dtype, static: Static) -> tuple[dict[str, Any], Tensor | None]:
     """The arguments that say what counts, and the tensor that keeps their memory: booleans, or numbers of a type."""
     if weights is None or not weights.numel():
         return {}, None
@@ -324,7 +326,7 @@ def _weighed(weights: Tensor | None, dtype: torch.dtype) -> tuple[dict[str, Any]
         weights, name = weights.contiguous(), "mask"
     else:
         weights, name = weights.to(dtype).contiguous(), "weights"
-    return {name: _at(name, weights), "zeroed": True}, weights
+    return {name: _at(name, weights), "zeroed": static.zeroed}, weights
 
 
 def _at(name: str, value: Tensor | None) -> int:

@@ -56,8 +56,9 @@ def _forward(
     epsilon: float,
     axes: Sequence[int],
     virtual_batch_size: int | None,
+    zeroed: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    static, view = _seen(x, epsilon, axes, virtual_batch_size)
+    static, view = _seen(x, Static(epsilon, tuple(axes), virtual_batch_size, zeroed))
     weights = _weights(weights, x, static)
     if (renorm_mean is None) != (renorm_stddev is None):
         raise ValueError("renorm_mean and renorm_stddev must be given together.")
@@ -77,7 +78,7 @@ def _forward(
 @_forward.register_fake
 def _(
     x: Tensor, factor: Any, offset: Any, renorm_mean: Any, renorm_stddev: Any, limits: Any, weights: Any,
-    epsilon: float, axes: Sequence[int], virtual_batch_size: int | None,
+    epsilon: float, axes: Sequence[int], virtual_batch_size: int | None, zeroed: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     dtype, parameters = wide(x), _parameters(x, axes)
     groups = 1 if virtual_batch_size is None else -(-x.shape[0] // virtual_batch_size)
@@ -103,8 +104,9 @@ def _backward(
     epsilon: float,
     axes: Sequence[int],
     virtual_batch_size: int | None,
+    zeroed: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    static, view = _seen(x, epsilon, axes, virtual_batch_size)
+    static, view = _seen(x, Static(epsilon, tuple(axes), virtual_batch_size, zeroed))
     weights = _weights(weights, x, static)
     counted = None if counts is None or not counts.numel() else counts.contiguous()
     corrected = correction.contiguous() if correction.numel() else None
@@ -123,7 +125,7 @@ def _backward(
 @_backward.register_fake
 def _(
     dy: Any, x: Tensor, factor: Any, offset: Any, moments: Any, correction: Any, weights: Any, counts: Any,
-    epsilon: float, axes: Sequence[int], virtual_batch_size: int | None,
+    epsilon: float, axes: Sequence[int], virtual_batch_size: int | None, zeroed: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     parameters = _parameters(x, axes)
     return (
@@ -132,14 +134,15 @@ def _(
     )
 
 
-def _seen(x: Tensor, epsilon: float, axes: Sequence[int], virtual_batch_size: int | None) -> tuple[Static, View]:
+def _seen(x: Tensor, static: Static) -> tuple[Static, View]:
     """Check what tells how an input is seen; anyone may call an operator."""
     if x.dtype not in cpu.TYPES:
         raise TypeError(f"x must be of a type among {sorted(map(str, cpu.TYPES))}; received {x.dtype}.")
-    if virtual_batch_size is not None and virtual_batch_size < 1:
-        raise ValueError(f"virtual_batch_size must be None or at least 1; received {virtual_batch_size}.")
-    static = Static(epsilon, geometry.counted_axes(tuple(axes), x.shape), virtual_batch_size)
-    return static, layout.kernel(x, static.axes, virtual_batch_size, epsilon)[1]
+    size = static.virtual_batch_size
+    if size is not None and size < 1:
+        raise ValueError(f"virtual_batch_size must be None or at least 1; received {size}.")
+    static = static._replace(axes=geometry.counted_axes(static.axes, x.shape))
+    return static, layout.kernel(x, static.axes, static.virtual_batch_size, static.epsilon)[1]
 
 
 def _weights(weights: Tensor | None, x: Tensor, static: Static) -> Tensor | None:
@@ -169,11 +172,11 @@ def _save_forward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...])
 
 def _differentiate_forward(ctx: Any, dy: Tensor | None, *_: Any) -> Any:
     if dy is None:
-        return (None,) * 10
+        return (None,) * 11
     tensors = ctx.saved_tensors
     dx, dfactor, doffset = torch.ops.batchnorm.backward(dy, *tensors, *ctx.static)
     _, factor, offset, *_ = tensors
-    return (dx, shaped(dfactor, factor), shaped(doffset, offset), *(None,) * 7)
+    return (dx, shaped(dfactor, factor), shaped(doffset, offset), *(None,) * 8)
 
 
 def _save_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -183,9 +186,9 @@ def _save_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 
 def _differentiate_backward(ctx: Any, *upstream: Tensor | None) -> Any:
-    epsilon, axes, virtual_batch_size = ctx.static
-    static = Static(epsilon, tuple(axes), virtual_batch_size)
-    return (*autograd.second_derivatives(static, upstream, *ctx.saved_tensors), *(None,) * 7)
+    epsilon, axes, *rest = ctx.static
+    static = Static(epsilon, tuple(axes), *rest)
+    return (*autograd.second_derivatives(static, upstream, *ctx.saved_tensors), *(None,) * 8)
 
 
 _forward.register_autograd(_differentiate_forward, setup_context=_save_forward)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import weakref
 from typing import Any, NamedTuple
 
@@ -13,11 +14,13 @@ from keras import ops
 import batchnorm.numpy
 from batchnorm.keras import BatchNormalization
 
-__all__ = ["BACKEND", "DIFFERENTIATES", "Step", "array", "averages", "numpy_of", "step"]
+__all__ = ["BACKEND", "DIFFERENTIATES", "STOCK_RENORM", "Step", "array", "averages", "numpy_of", "step"]
 
 Array = npt.NDArray[Any]
 BACKEND: str = keras.backend.backend()
 DIFFERENTIATES = BACKEND != "numpy"
+STOCK_RENORM = "renorm" in inspect.signature(keras.layers.BatchNormalization).parameters
+"""Whether Keras' own layer knows renorm, as from 3.14 on."""
 COMPILED: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
 
 

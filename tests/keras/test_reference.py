@@ -154,6 +154,17 @@ def test_a_mean_that_is_large_beside_the_spread_costs_nothing(options: dict[str,
     np.testing.assert_allclose(array(layer(x)), reference(x.astype(np.float64)), atol=2e-3)
 
 
+@pytest.mark.skipif(BACKEND == "jax", reason="JAX computes in float32 unless told before")
+@pytest.mark.parametrize("fused", [None, False])
+def test_float64_is_computed_in_float64(fused: bool | None) -> None:
+    x = np.random.default_rng(0).normal(3, 2, SHAPE)
+    layer = BatchNormalization(fused=fused, dtype="float64")
+    reference = numpy_of(layer)
+    reference.build(SHAPE, np.float64)
+    for training in (True, False):
+        np.testing.assert_allclose(array(layer(x, training=training)), reference(x, training=training), atol=1e-12)
+
+
 def empty(masked: bool) -> tuple[Array, Any]:
     x = np.ones((3, 2, 4) if masked else (0, 2, 4), "float32")
     return x, np.zeros((3, 2), bool) if masked else None

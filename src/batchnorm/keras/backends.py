@@ -2,7 +2,8 @@
 
 Each backend has its kernels, as this package has them for that framework, and its array namespace. `serves` tells
 whether the kernels can compute a step, `forward` has them do it, and gives what averages move to, by feature. `merge`
-is what puts the moments of replicas together. Any other backend composes everything of `keras.ops`.
+is what puts the moments of replicas together; `infers` and `inferred` are for an operation of the backend's own that is
+quicker in inference than the composed map. Any other backend composes everything of `keras.ops`.
 """
 
 from __future__ import annotations
@@ -54,6 +55,19 @@ if BACKEND == "tensorflow":
             averaged = averaged._replace(count=xp.astype(plan.whole.count(xp.shape(x)), averaged.mean.dtype))
         return y, averaged
 
+    def infers(x: Any, plan: Geometry) -> bool:
+        """Tell whether TensorFlow's fused operation is the quicker one."""
+        return x.dtype == tf.float32 and plan.axes == (plan.rank - 1,) and operations.on_cpu()
+
+    def inferred(x: Any, plan: Geometry, epsilon: float, mean: Any, variance: Any, gamma: Any, beta: Any) -> Any:
+        """Normalize by given moments with that; it wants images, and all parameters."""
+        image = x if plan.rank == 4 else tf.reshape(x, [-1, 1, 1, x.shape[-1]])
+        gamma = tf.ones_like(mean) if gamma is None else gamma
+        beta = tf.zeros_like(mean) if beta is None else beta
+        given = {"x": image, "scale": gamma, "offset": beta, "mean": mean, "variance": variance}
+        y = tf.raw_ops.FusedBatchNormV3(**given, epsilon=epsilon, is_training=False).y
+        return tf.ensure_shape(y if plan.rank == 4 else tf.reshape(y, tf.shape(x)), x.shape)
+
     def is_known(x: Any) -> bool:
         """Tell whether values can be looked at."""
         return bool(tf.executing_eagerly())
@@ -88,6 +102,16 @@ elif BACKEND == "torch":
         count = plan.count(plan.split(x.shape)) if counts is None else counts[0].unsqueeze(1)
         return y, normalize.average(xp, Moments(moments[0], moments[1], count), 0)
 
+    def infers(x: Any, plan: Geometry) -> bool:
+        """Tell whether PyTorch's operator can."""
+        return len(plan.axes) == 1 and plan.rank > 1
+
+    def inferred(x: Any, plan: Geometry, epsilon: float, mean: Any, variance: Any, gamma: Any, beta: Any) -> Any:
+        """Normalize by given moments with that, which wants features on the second axis."""
+        (axis,) = plan.axes
+        y = torch.nn.functional.batch_norm(x.movedim(axis, 1), mean, variance, gamma, beta, False, 0.0, epsilon)
+        return y.movedim(1, axis)
+
     def is_known(x: Any) -> bool:
         """Tell whether values can be looked at, at no cost."""
         return bool(x.is_cpu and layout.is_eager())
@@ -112,6 +136,10 @@ elif BACKEND == "jax":
         given = {"factor": factor, "offset": offset, "renorm": renorm, "weights": weights}
         return primitives.forward(x, plan, epsilon, **given)
 
+    def infers(x: Any, plan: Geometry) -> bool:
+        """There is nothing quicker than the composed map, which XLA fuses."""
+        return False
+
     def is_known(x: Any) -> bool:
         """Tell whether values can be looked at: a program of JAX knows them only when it runs."""
         return False
@@ -132,6 +160,10 @@ else:
     ) -> tuple[Any, Moments]:
         """There are no kernels."""
         raise NotImplementedError
+
+    def infers(x: Any, plan: Geometry) -> bool:
+        """There is no other operation."""
+        return False
 
     def is_known(x: Any) -> bool:
         """Tell whether values can be looked at."""
@@ -209,16 +241,19 @@ def train(
 
 
 def infer(x: Any, plan: Geometry, options: Options, values: Values) -> Any:
-    """Normalize by the moving averages."""
-    moving = values["moving_mean"], values["moving_variance"]
-    return normalize.infer(
-        xp, wide(x), plan, options.epsilon, *moving, gamma=values.get("gamma"), beta=values.get("beta")
-    )
+    """Normalize by the moving averages, with operations of the backend, so that exported models need no other."""
+    names = ("moving_mean", "moving_variance", "gamma", "beta")
+    given = [None if values.get(name) is None else wide(values[name], x) for name in names]
+    if options.fused is not False and infers(x, plan):
+        return inferred(x, plan, options.epsilon, *given)
+    mean, variance, gamma, beta = given
+    return normalize.infer(xp, wide(x), plan, options.epsilon, mean, variance, gamma=gamma, beta=beta)
 
 
 def wide(value: Any, x: Any = None) -> Any:
     """An array in the type of the arithmetic on it, or on a batch x: float32 or wider."""
-    return keras.ops.cast(value, keras.backend.result_type((value if x is None else x).dtype, "float32"))
+    dtype = keras.backend.standardize_dtype((value if x is None else x).dtype)
+    return keras.ops.cast(value, dtype if dtype == "float64" else "float32")  # Keras promotes these two to float32
 
 
 def _ones(x: Any, plan: Geometry) -> Any:

@@ -32,12 +32,13 @@ double bessel(const Averages& p, int64_t group) {
 }
 
 // The means over virtual batches of n parameters from the i-th on, of `total` values in all.
-void average(const Values& of, const Averages& p, double total, bool unbiased, int64_t i, int64_t n, double* means) {
+void average(const Values& moment, const Averages& p, double total, bool unbiased, int64_t i, int64_t n,
+             double* means) {
   for (int64_t c = 0; c < n; c++) means[c] = 0;
   for (int64_t g = 0; g < p.view.virtual_batches(); g++) {
-    auto* from = static_cast<const char*>(of.at(g * p.view.parameters() + i));
+    auto* from = static_cast<const char*>(moment.at(g * p.view.parameters() + i));
     double weight = count_of(p, g) / total * (unbiased ? bessel(p, g) : 1);
-    of.doubles ? add<double>(from, weight, means, n) : add<float>(from, weight, means, n);
+    moment.doubles ? add<double>(from, weight, means, n) : add<float>(from, weight, means, n);
   }
 }
 

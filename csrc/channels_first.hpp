@@ -54,7 +54,7 @@ class ChannelsFirst {
   // An origin near the data, by feature.
   void origin(const Arrays<E, 1>& x, int64_t group, const Part& part, Value* origin) const {
     int64_t row = 0, begin = 0, some = least<int64_t>(v.inner, WAYS * W), rows = v.group_rows(group);
-    if (positions_) some = first_kept(group, rows, row, begin);
+    if (positions_) some = first_weighing(group, rows, row, begin);
     for (int64_t c = 0; c < part.features(); c++) {
       typename E::Vector sum = {}, squares = {};
       if (row < rows)
@@ -200,7 +200,7 @@ class ChannelsFirst {
   }
 
   // The first values of a group that weigh anything, side by side: how many, at most WAYS·W, in which row, from where.
-  int64_t first_kept(int64_t group, int64_t rows, int64_t& row, int64_t& begin) const {
+  int64_t first_weighing(int64_t group, int64_t rows, int64_t& row, int64_t& begin) const {
     for (row = 0; row < rows; row++) {
       int64_t at = positions_.at(group, row);
       for (begin = 0; begin < v.inner; begin++) {

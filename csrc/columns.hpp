@@ -81,7 +81,7 @@ class Columns {
   }
 
   void origin(const Arrays<E, 1>& x, int64_t group, const Part& part, Value* origin) const {
-    if (positions_) return kept_origin(x, group, part, origin);
+    if (positions_) return weighed_origin(x, group, part, origin);
     Scratch scratch;
     double *sums = scratch.take<double>(columns(part)), *squares = scratch.take<double>(columns(part));
     int64_t some = least(v.group_rows(group), FIRST);
@@ -192,7 +192,7 @@ class Columns {
     const bool reads_dropped = Formula::READS_DROPPED && !positions_.zeroed();
     const int64_t all = columns(part);
     Scratch scratch;
-    Value *weights = scratch.take<Value>(WEIGHED * all), *own = scratch.take<Value>(all);
+    Value *weights = scratch.take<Value>(WEIGHED * all), *row_weights = scratch.take<Value>(all);
     Arrays<E, N> at[ROWS];
     Weighted<E, N> weighed[WEIGHED];
     const int64_t rows = row_count(group, part), full = least(ROWS, rows), full_weighed = least(WEIGHED, rows);
@@ -212,9 +212,9 @@ class Columns {
         if (n == full) plain(at, n, all), n = 0;
       } else {
         Value* to = weights + m * all;
-        positions_.read(begin, count, own);
+        positions_.read(begin, count, row_weights);
         for (int64_t c = 0; c < columns; c += count * numbers_)
-          for (int64_t k = 0; k < count; k++) fill(to + c + k * numbers_, numbers_, own[k]);
+          for (int64_t k = 0; k < count; k++) fill(to + c + k * numbers_, numbers_, row_weights[k]);
         weighed[m] = {from, to, true, positions_.zeroed()};
         if (columns < all)
           weighted(weighed + m, 1, columns);
@@ -228,7 +228,7 @@ class Columns {
   }
 
   // An origin from the first values of each block that weigh anything.
-  void kept_origin(const Arrays<E, 1>& x, int64_t group, const Part& part, Value* origin) const {
+  void weighed_origin(const Arrays<E, 1>& x, int64_t group, const Part& part, Value* origin) const {
     for (int64_t c0 = 0; c0 < part.features(); c0 += numbers_) {
       Part block = part;
       block.begin_feature += c0;

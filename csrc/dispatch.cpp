@@ -20,8 +20,8 @@ namespace {
 
 #ifdef BATCHNORM_X86
 bool known(const char* name) {
-  for (const char* one : {"avx512bf16", "avx512", "avx2", "baseline"})
-    if (!std::strcmp(name, one)) return true;
+  for (const char* set : {"avx512bf16", "avx512", "avx2", "baseline"})
+    if (!std::strcmp(name, set)) return true;
   return false;
 }
 #endif
@@ -31,8 +31,8 @@ const Kernels& choose() {
 #ifdef BATCHNORM_X86
   const char* asked = std::getenv("BATCHNORM_ISA");
   bool reached = asked == nullptr || !known(asked);
-  auto taken = [&](const Kernels& one, bool runs) {
-    reached = reached || !std::strcmp(asked, one.name);
+  auto taken = [&](const Kernels& candidate, bool runs) {
+    reached = reached || !std::strcmp(asked, candidate.name);
     return reached && runs;
   };
   __builtin_cpu_init();

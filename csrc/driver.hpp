@@ -31,9 +31,9 @@ void each_feature(int64_t features, bool alone, Body&& body) {
 // Room for what goes over the columns of a part, `N` numbers for each.
 template <class T, int N>
 struct Numbers {
-  T* of[N];
+  T* arrays[N];
   Numbers(Scratch& scratch, int64_t columns) {
-    for (T*& values : of) values = scratch.take<T>(columns);
+    for (T*& values : arrays) values = scratch.take<T>(columns);
   }
 };
 
@@ -61,9 +61,9 @@ void measure(const Layout& layout, const Arrays<typename Layout::Element, 1>& x,
   auto* center = scratch.take<typename Layout::Value>(layout.columns(part));
   std::memcpy(center, origin, static_cast<size_t>(part.features()) * sizeof(*origin));
   layout.spread(part, center);
-  layout.template sums<MomentsFormula>(x, group, part, center, sums.of[0], sums.of[1]);
+  layout.template sums<MomentsFormula>(x, group, part, center, sums.arrays[0], sums.arrays[1]);
   layout.each_count(part, group, [&](int64_t c, int64_t n, int64_t counted) {
-    moments_about(n, counts(counted), origin + c, sums.of[0] + c, sums.of[1] + c, mean + c, variance + c);
+    moments_about(n, counts(counted), origin + c, sums.arrays[0] + c, sums.arrays[1] + c, mean + c, variance + c);
   });
 }
 
@@ -160,12 +160,13 @@ void run(const Forward& p) {
 
   if constexpr (Layout::WHOLE) {
     Scratch scratch;
-    Numbers<Value, 3> by(scratch, layout.columns(layout.all()));
+    Numbers<Value, 3> coefficients(scratch, layout.columns(layout.all()));
     auto take = [&](int64_t c, int64_t n, const double* mean, const double* variance) {
       double factor[FEATURES], offset[FEATURES];
       if (renorm) correction(p, c, n, mean, variance);
       combined(p, c, n, factor, offset);
-      normalize_coefficients(n, p.epsilon, factor, offset, mean, variance, by.of[0] + c, by.of[1] + c, by.of[2] + c);
+      normalize_coefficients(n, p.epsilon, factor, offset, mean, variance, coefficients.arrays[0] + c,
+                             coefficients.arrays[1] + c, coefficients.arrays[2] + c);
     };
     if (p.measured)
       each_feature(layout.features, layout.alone, [&](int64_t c, int64_t n) {
@@ -180,34 +181,35 @@ void run(const Forward& p) {
         write(p.variance, c, n, variance);
         take(c, n, mean, variance);
       });
-    for (Value* values : by.of) layout.spread(layout.all(), values);
-    each_part_backwards(layout,
-                        [&](const Part& part) { layout.template map<NormalizeFormula>(arrays, 0, part, by.of); });
+    for (Value* values : coefficients.arrays) layout.spread(layout.all(), values);
+    each_part_backwards(
+        layout, [&](const Part& part) { layout.template map<NormalizeFormula>(arrays, 0, part, coefficients.arrays); });
   } else {
     struct Local {  // what a task has for the features of its part
       double *factor, *offset;
-      Numbers<Value, 3> by;
+      Numbers<Value, 3> coefficients;
       Local(Scratch& scratch, const Layout& layout, const Part& part)
           : factor(scratch.take<double>(part.features())),
             offset(scratch.take<double>(part.features())),
-            by(scratch, layout.columns(part)) {}
+            coefficients(scratch, layout.columns(part)) {}
     };
     auto finish = [&](const Part& part, int64_t g, Local& local, const double* mean, const double* variance) {
-      auto& by = local.by.of;
-      normalize_coefficients(part.features(), p.epsilon, local.factor, local.offset, mean, variance, by[0], by[1],
-                             by[2]);
-      for (Value* values : by) layout.spread(part, values);
-      layout.template map<NormalizeFormula>(arrays, g, part, by);
+      auto& coefficients = local.coefficients.arrays;
+      normalize_coefficients(part.features(), p.epsilon, local.factor, local.offset, mean, variance, coefficients[0],
+                             coefficients[1], coefficients[2]);
+      for (Value* values : coefficients) layout.spread(part, values);
+      layout.template map<NormalizeFormula>(arrays, g, part, coefficients);
     };
-    Numbers<double, 2> kept(call, waits ? v.statistics() : 0);  // of all groups, as exact as they were measured
+    Numbers<double, 2> all_moments(call, waits ? v.statistics() : 0);  // of all groups, as exact as they were measured
     each_part(layout, [&](const Part& part, int64_t) {
       Scratch scratch;
       Local local(scratch, layout, part);
       int64_t n = part.features(), c = part.begin_feature;
-      Numbers<double, 2> own(scratch, waits ? 0 : n);
+      Numbers<double, 2> moments(scratch, waits ? 0 : n);
       for (int64_t g = part.begin_group; g < part.end_group; g++) {
         int64_t i = g * layout.features + c;
-        double *mean = waits ? kept.of[0] + i : own.of[0], *variance = waits ? kept.of[1] + i : own.of[1];
+        double *mean = waits ? all_moments.arrays[0] + i : moments.arrays[0],
+               *variance = waits ? all_moments.arrays[1] + i : moments.arrays[1];
         if (p.measured) {
           read(p.mean, i, n, mean);
           read(p.variance, i, n, variance);
@@ -222,21 +224,22 @@ void run(const Forward& p) {
         finish(part, g, local, mean, variance);
       }
       if (!waits || !layout.all_groups) return;
-      shared_correction(p, counts, c, n, kept.of[0], kept.of[1]);
+      shared_correction(p, counts, c, n, all_moments.arrays[0], all_moments.arrays[1]);
       combined(p, c, n, local.factor, local.offset);
       for (int64_t g = v.groups - 1; g >= 0; g--)
-        finish(part, g, local, kept.of[0] + g * v.features + c, kept.of[1] + g * v.features + c);
+        finish(part, g, local, all_moments.arrays[0] + g * v.features + c, all_moments.arrays[1] + g * v.features + c);
     });
     if (!waits || layout.all_groups) return;
-    each_feature(v.features, layout.alone,
-                 [&](int64_t c, int64_t n) { shared_correction(p, counts, c, n, kept.of[0], kept.of[1]); });
+    each_feature(v.features, layout.alone, [&](int64_t c, int64_t n) {
+      shared_correction(p, counts, c, n, all_moments.arrays[0], all_moments.arrays[1]);
+    });
     each_part_backwards(layout, [&](const Part& part) {
       Scratch scratch;
       Local local(scratch, layout, part);
       combined(p, part.begin_feature, part.features(), local.factor, local.offset);
       for (int64_t g = part.end_group - 1; g >= part.begin_group; g--) {
         int64_t i = g * layout.features + part.begin_feature;
-        finish(part, g, local, kept.of[0] + i, kept.of[1] + i);
+        finish(part, g, local, all_moments.arrays[0] + i, all_moments.arrays[1] + i);
       }
     });
   }
@@ -254,24 +257,27 @@ void run(const Backward& p) {
   will_write(p.dx, v.bytes(p.type));
 
   if constexpr (Layout::WHOLE) {
-    Numbers<Value, 4> by(call, layout.columns(layout.all()));
-    read(p.mean, 0, v.features, by.of[0]);
-    layout.spread(layout.all(), by.of[0]);
-    sum_whole(layout, arrays, by.of[0], [&](int64_t c, int64_t n, const double* sum, const double* centered) {
-      double factor[FEATURES], mean[FEATURES], dy_total[FEATURES], normalized_total[FEATURES];
-      Value variance[FEATURES];
-      fill(dy_total, n, 0.0);
-      fill(normalized_total, n, 0.0);
-      read(p.mean, c, n, mean);
-      read(p.variance, c, n, variance);
-      combined(p, c, n, factor);
-      gradient_coefficients(n, counts(0), p.epsilon, factor, mean, variance, sum, centered, by.of[1] + c, by.of[2] + c,
-                            by.of[3] + c, dy_total, normalized_total);
-      parameter_gradients(p, c, n, dy_total, normalized_total);
+    Numbers<Value, 4> coefficients(call, layout.columns(layout.all()));
+    read(p.mean, 0, v.features, coefficients.arrays[0]);
+    layout.spread(layout.all(), coefficients.arrays[0]);
+    sum_whole(layout, arrays, coefficients.arrays[0],
+              [&](int64_t c, int64_t n, const double* sum, const double* centered) {
+                double factor[FEATURES], mean[FEATURES], dy_total[FEATURES], normalized_total[FEATURES];
+                Value variance[FEATURES];
+                fill(dy_total, n, 0.0);
+                fill(normalized_total, n, 0.0);
+                read(p.mean, c, n, mean);
+                read(p.variance, c, n, variance);
+                combined(p, c, n, factor);
+                gradient_coefficients(n, counts(0), p.epsilon, factor, mean, variance, sum, centered,
+                                      coefficients.arrays[1] + c, coefficients.arrays[2] + c,
+                                      coefficients.arrays[3] + c, dy_total, normalized_total);
+                parameter_gradients(p, c, n, dy_total, normalized_total);
+              });
+    for (int k = 1; k < 4; k++) layout.spread(layout.all(), coefficients.arrays[k]);
+    each_part_backwards(layout, [&](const Part& part) {
+      layout.template map<GradientCombineFormula>(arrays, 0, part, coefficients.arrays);
     });
-    for (int k = 1; k < 4; k++) layout.spread(layout.all(), by.of[k]);
-    each_part_backwards(layout,
-                        [&](const Part& part) { layout.template map<GradientCombineFormula>(arrays, 0, part, by.of); });
   } else {
     // Parameters that groups share get the sums over all; of each task where its part has not all groups.
     const bool merges = !layout.all_groups && !v.grouped_parameters;
@@ -282,39 +288,40 @@ void run(const Backward& p) {
       double *factor = scratch.take<double>(n), *mean = scratch.take<double>(n);
       Value* variance = scratch.take<Value>(n);
       Numbers<double, 2> sums(scratch, columns), totals(scratch, n);
-      Numbers<Value, 4> by(scratch, columns);
-      for (double* total : totals.of) fill(total, n, 0.0);
+      Numbers<Value, 4> coefficients(scratch, columns);
+      for (double* total : totals.arrays) fill(total, n, 0.0);
       for (int64_t g = part.begin_group; g < part.end_group; g++) {
         int64_t i = g * layout.features + part.begin_feature;
         if (g == part.begin_group || v.grouped_parameters) combined(p, i, n, factor);
         read(p.mean, i, n, mean);
-        read(p.mean, i, n, by.of[0]);
+        read(p.mean, i, n, coefficients.arrays[0]);
         read(p.variance, i, n, variance);
-        layout.spread(part, by.of[0]);
-        layout.template sums<GradientSumsFormula>(arrays, g, part, by.of[0], sums.of[0], sums.of[1]);
+        layout.spread(part, coefficients.arrays[0]);
+        layout.template sums<GradientSumsFormula>(arrays, g, part, coefficients.arrays[0], sums.arrays[0],
+                                                  sums.arrays[1]);
         layout.each_count(part, g, [&](int64_t k, int64_t m, int64_t counted) {
-          gradient_coefficients(m, counts(counted), p.epsilon, factor + k, mean + k, variance + k, sums.of[0] + k,
-                                sums.of[1] + k, by.of[1] + k, by.of[2] + k, by.of[3] + k, totals.of[0] + k,
-                                totals.of[1] + k);
+          gradient_coefficients(m, counts(counted), p.epsilon, factor + k, mean + k, variance + k, sums.arrays[0] + k,
+                                sums.arrays[1] + k, coefficients.arrays[1] + k, coefficients.arrays[2] + k,
+                                coefficients.arrays[3] + k, totals.arrays[0] + k, totals.arrays[1] + k);
         });
-        for (int k = 1; k < 4; k++) layout.spread(part, by.of[k]);
-        layout.template map<GradientCombineFormula>(arrays, g, part, by.of);
+        for (int k = 1; k < 4; k++) layout.spread(part, coefficients.arrays[k]);
+        layout.template map<GradientCombineFormula>(arrays, g, part, coefficients.arrays);
         if (!v.grouped_parameters) continue;
-        parameter_gradients(p, i, n, totals.of[0], totals.of[1]);
-        for (double* total : totals.of) fill(total, n, 0.0);
+        parameter_gradients(p, i, n, totals.arrays[0], totals.arrays[1]);
+        for (double* total : totals.arrays) fill(total, n, 0.0);
       }
       if (v.grouped_parameters) return;
-      if (!merges) return parameter_gradients(p, part.begin_feature, n, totals.of[0], totals.of[1]);
+      if (!merges) return parameter_gradients(p, part.begin_feature, n, totals.arrays[0], totals.arrays[1]);
       for (int k = 0; k < 2; k++) {
-        double* sum = shared.of[k] + task * v.features;
+        double* sum = shared.arrays[k] + task * v.features;
         fill(sum, v.features, 0.0);
         for (int64_t begin = 0; begin < n; begin += v.features)
-          for (int64_t c = 0; c < v.features; c++) sum[c] += totals.of[k][begin + c];
+          for (int64_t c = 0; c < v.features; c++) sum[c] += totals.arrays[k][begin + c];
       }
     });
     if (!merges) return;
     each_feature(v.features, layout.alone, [&](int64_t c, int64_t n) {
-      double *dy_total = shared.of[0] + c, *normalized_total = shared.of[1] + c;
+      double *dy_total = shared.arrays[0] + c, *normalized_total = shared.arrays[1] + c;
       for (int64_t task = 1; task < layout.tasks; task++)
         for (int64_t k = 0; k < n; k++) {
           dy_total[k] += dy_total[task * v.features + k];
@@ -344,10 +351,10 @@ void run(const Moments& p) {
   else
     each_part(layout, [&](const Part& part, int64_t) {
       Scratch scratch;
-      Numbers<double, 2> found(scratch, part.features());
+      Numbers<double, 2> moments(scratch, part.features());
       for (int64_t g = part.begin_group; g < part.end_group; g++) {
-        measure(layout, x, g, part, counts, found.of[0], found.of[1]);
-        take(g * layout.features + part.begin_feature, part.features(), found.of[0], found.of[1]);
+        measure(layout, x, g, part, counts, moments.arrays[0], moments.arrays[1]);
+        take(g * layout.features + part.begin_feature, part.features(), moments.arrays[0], moments.arrays[1]);
       }
     });
 }
@@ -377,8 +384,8 @@ void run(const GradientSums& p) {
       Numbers<double, 2> sums(scratch, layout.columns(part));
       for (int64_t g = part.begin_group; g < part.end_group; g++)
         each(part, g, [&](const Value* mean) {
-          layout.template sums<GradientSumsFormula>(x_dy, g, part, mean, sums.of[0], sums.of[1]);
-          take(g * layout.features + part.begin_feature, part.features(), sums.of[0], sums.of[1]);
+          layout.template sums<GradientSumsFormula>(x_dy, g, part, mean, sums.arrays[0], sums.arrays[1]);
+          take(g * layout.features + part.begin_feature, part.features(), sums.arrays[0], sums.arrays[1]);
         });
     });
 }
@@ -386,18 +393,18 @@ void run(const GradientSums& p) {
 // Writes what a formula makes of every value, with coefficients that are given.
 template <class Formula, class Layout>
 void map(const View& v, const Weights& weights, const Arrays<typename Layout::Element, Formula::ARRAYS>& arrays,
-         const Values* const (&coefficients)[Formula::COEFFICIENTS]) {
+         const Values* const (&given)[Formula::COEFFICIENTS]) {
   using Value = typename Layout::Value;
   const Layout layout(v, weights, Formula::ARRAYS, false);
   each_part(layout, [&](const Part& part, int64_t) {
     Scratch scratch;
-    Numbers<Value, Formula::COEFFICIENTS> by(scratch, layout.columns(part));
+    Numbers<Value, Formula::COEFFICIENTS> coefficients(scratch, layout.columns(part));
     for (int64_t g = part.begin_group; g < part.end_group; g++) {
       for (int k = 0; k < Formula::COEFFICIENTS; k++) {
-        read(*coefficients[k], g * layout.features + part.begin_feature, part.features(), by.of[k]);
-        layout.spread(part, by.of[k]);
+        read(*given[k], g * layout.features + part.begin_feature, part.features(), coefficients.arrays[k]);
+        layout.spread(part, coefficients.arrays[k]);
       }
-      layout.template map<Formula>(arrays, g, part, by.of);
+      layout.template map<Formula>(arrays, g, part, coefficients.arrays);
     }
   });
 }

@@ -93,8 +93,8 @@ class Arena {
 #endif
 
 Arena& arena() {
-  thread_local Arena found;
-  return found;
+  thread_local Arena of_thread;
+  return of_thread;
 }
 
 }  // namespace

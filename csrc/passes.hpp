@@ -78,20 +78,20 @@ void map_runs(const typename Formula::template From<E>& arrays, int64_t runs, in
     for (int64_t i = 0; i < size; i++) E::store_single(out + i, Formula::template map<SingleLane<E>>(arrays, i, by));
     return;
   }
-  struct By {
-    V of[K];
+  struct Coefficients {
+    V values[K];
   };
   const typename E::Value* all[K];
   for (int k = 0; k < K; k++) all[k] = coefficients[k];
   auto of_run = [&](int64_t run) {
-    By by;
-    for (int k = 0; k < K; k++) by.of[k] = L::all(all[k][run]);
+    Coefficients by;
+    for (int k = 0; k < K; k++) by.values[k] = L::all(all[k][run]);
     return by;
   };
-  auto map = [&](int64_t i, const By& by) { return Formula::template map<L>(arrays, i, by.of); };
+  auto map = [&](int64_t i, const Coefficients& by) { return Formula::template map<L>(arrays, i, by.values); };
   auto write = [&](int64_t i, int64_t end, auto to) {
     for (int64_t run = i / n; i < end; run++) {
-      const By by = of_run(run);
+      const Coefficients by = of_run(run);
       int64_t left = (run + 1) * n - i, whole = least(end, i + left / W * W);
       left -= whole - i;
       for (; i + WAYS * W <= whole; i += WAYS * W) {
@@ -101,9 +101,9 @@ void map_runs(const typename Formula::template From<E>& arrays, int64_t runs, in
       }
       for (; i < whole; i += W) to.store(out + i, map(i, by));
       if (left == 0 || i == end) continue;
-      By both = of_run(run + 1);
-      for (int k = 0; k < K; k++) both.of[k] = first_of(by.of[k], left, both.of[k]);
-      to.store(out + i, map(i, both));
+      Coefficients mixed = of_run(run + 1);
+      for (int k = 0; k < K; k++) mixed.values[k] = first_of(by.values[k], left, mixed.values[k]);
+      to.store(out + i, map(i, mixed));
       i += W;
     }
   };
@@ -269,12 +269,12 @@ template <class Formula, class E>
       }
     return;
   }
-  struct By {
-    V of[K];
+  struct Coefficients {
+    V values[K];
   };
   auto at_column = [&](int64_t c) {
-    By by;
-    for (int k = 0; k < K; k++) by.of[k] = VectorLanes<E>::values(all[k] + c);
+    Coefficients by;
+    for (int k = 0; k < K; k++) by.values[k] = VectorLanes<E>::values(all[k] + c);
     return by;
   };
   bool left = columns % W > 0;
@@ -286,8 +286,8 @@ template <class Formula, class E>
       at[k] = rows[i + k];
       lines = lines && begins_line(at[k].out);
       if (left) {  // before what it overlaps is written
-        By by = at_column(columns - W);
-        last[k] = Formula::template map<VectorLanes<E>>(at[k], columns - W, by.of);
+        Coefficients by = at_column(columns - W);
+        last[k] = Formula::template map<VectorLanes<E>>(at[k], columns - W, by.values);
       }
     }
     auto write = [&](auto to, auto vectors) {
@@ -295,9 +295,9 @@ template <class Formula, class E>
       for (int64_t c = 0; c + vectors.value * W <= columns; c += vectors.value * W) {
         V v[count.value][vectors.value];
         for (int64_t j = 0; j < vectors.value; j++) {
-          By by = at_column(c + j * W);
+          Coefficients by = at_column(c + j * W);
           for (int64_t k = 0; k < count.value; k++)
-            v[k][j] = Formula::template map<VectorLanes<E>>(at[k], c + j * W, by.of);
+            v[k][j] = Formula::template map<VectorLanes<E>>(at[k], c + j * W, by.values);
         }
         for (int64_t k = 0; k < count.value; k++)
           for (int64_t j = 0; j < vectors.value; j++) to.store(at[k].out + c + j * W, v[k][j]);

@@ -28,14 +28,14 @@ int allowed() {
 
 // The processors' worth of time that a control group has, of either version; infinite where it has no limit.
 double quota_of(const std::string& folder) {
-  long long used, of;
+  long long quota, period;
   std::ifstream second(folder + "/cpu.max");
-  if (!(second >> used >> of)) {  // "max" is no number
-    std::ifstream quota(folder + "/cpu.cfs_quota_us"), period(folder + "/cpu.cfs_period_us");
-    if (!(quota >> used && period >> of)) used = -1;
+  if (!(second >> quota >> period)) {  // "max" is no number
+    std::ifstream quota_us(folder + "/cpu.cfs_quota_us"), period_us(folder + "/cpu.cfs_period_us");
+    if (!(quota_us >> quota && period_us >> period)) quota = -1;
   }
-  if (used <= 0 || of <= 0) return std::numeric_limits<double>::infinity();
-  return static_cast<double>(used) / static_cast<double>(of);
+  if (quota <= 0 || period <= 0) return std::numeric_limits<double>::infinity();
+  return static_cast<double>(quota) / static_cast<double>(period);
 }
 
 // The least of this process's groups and of those above them. Where a container sees its own group as the root, it is

@@ -111,8 +111,8 @@ class Checked {
     }
     if (mask && weights) refuse("mask and weights exclude each other");
     if (weights) {
-      Values found = numbers(*weights, kernel_.view.positions(), "weights");
-      return {found.data, found.doubles ? Weights::doubles : Weights::floats, zeroed};
+      Values values = numbers(*weights, kernel_.view.positions(), "weights");
+      return {values.data, values.doubles ? Weights::doubles : Weights::floats, zeroed};
     }
     if (mask->dtype() != nb::dtype<bool>() && mask->dtype() != nb::dtype<uint8_t>())
       refuse_type("mask must be bool or uint8");
@@ -145,10 +145,10 @@ class Checked {
                   (kernel_.type == Type::bfloat16 ? " as uint16" : ""));
     size(array.size(), kernel_.view.size(), name);
   }
-  static void size(size_t found, int64_t expected, const char* name) {
-    if (static_cast<int64_t>(found) != expected)
+  static void size(size_t received, int64_t expected, const char* name) {
+    if (static_cast<int64_t>(received) != expected)
       refuse(std::string(name) + " must have " + std::to_string(expected) + " elements; received " +
-             std::to_string(found));
+             std::to_string(received));
   }
   static bool doubles(nb::dlpack::dtype type, const char* name) {
     if (type == nb::dtype<double>()) return true;

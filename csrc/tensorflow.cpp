@@ -32,7 +32,7 @@ using namespace batchnorm;
 enum DataType { FLOAT = 1, DOUBLE = 2, BOOL = 10, BFLOAT16 = 14, HALF = 19 };
 constexpr int INVALID_ARGUMENT = 3, RESOURCE_EXHAUSTED = 8;
 
-void* found(const char* name) {
+void* resolved(const char* name) {
   static void* library = dlopen("libtensorflow_framework.so.2", RTLD_NOW | RTLD_NOLOAD);
   void* function = library ? dlsym(library, name) : nullptr;
   if (function == nullptr) std::fprintf(stderr, "batchnorm: this TensorFlow has no %s\n", name);
@@ -40,7 +40,7 @@ void* found(const char* name) {
 }
 
 #define TF_FUNCTION(result, name, ...) \
-  result (*const name)(__VA_ARGS__) = reinterpret_cast<result (*)(__VA_ARGS__)>(found(#name));
+  result (*const name)(__VA_ARGS__) = reinterpret_cast<result (*)(__VA_ARGS__)>(resolved(#name));
 
 TF_FUNCTION(TF_Status*, TF_NewStatus)
 TF_FUNCTION(void, TF_DeleteStatus, TF_Status*)
@@ -134,8 +134,8 @@ class Computation {
   }
 
   // x, and how it is seen.
-  const void* seen(int i, int as) {
-    TF_Tensor *x = take(i), *tensor = take(as);
+  const void* viewed(int i, int view_input) {
+    TF_Tensor *x = take(i), *tensor = take(view_input);
     if (tensor == nullptr) return nullptr;
     rank_ = TF_NumDims(x);
     size_ = TF_TensorElementCount(x);
@@ -162,11 +162,11 @@ class Computation {
   }
   // What positions weigh; with no elements all weigh 1.
   Weights weights(int i) {
-    Values found = numbers(i, size_ == 0 ? 0 : view.positions(), "weights");
+    Values values = numbers(i, size_ == 0 ? 0 : view.positions(), "weights");
     Weights::Kind kind = types_.weights == BOOL     ? Weights::bytes
                          : types_.weights == DOUBLE ? Weights::doubles
                                                     : Weights::floats;
-    return {found.data, kind};
+    return {values.data, kind};
   }
 
   // Means, variances or counts, double whatever the type: a float that holds a mean loses what the gradient wants.
@@ -184,11 +184,11 @@ class Computation {
   Values numbers(int i, int64_t count, const char* name, bool optional = true) {
     TF_Tensor* tensor = take(i);
     if (tensor == nullptr) return {};
-    int64_t found = TF_TensorElementCount(tensor);
-    if (found == 0 && (optional || count == 0)) return {};
-    if (found != count) {
+    int64_t received = TF_TensorElementCount(tensor);
+    if (received == 0 && (optional || count == 0)) return {};
+    if (received != count) {
       refuse(std::string(name) + " must have " + std::to_string(count) + " elements; received " +
-             std::to_string(found));
+             std::to_string(received));
       return {};
     }
     return {TF_TensorData(tensor), types_.statistics == DOUBLE};
@@ -255,7 +255,7 @@ void forward(void* kernel, TF_OpKernelContext* context) {
   Computation c(context, types);
   Forward p{};
   p.type = types.element();
-  p.x = c.seen(0, 1);
+  p.x = c.viewed(0, 1);
   if (!c.ok()) return;
   int64_t parameters = c.view.parameters(), statistics = c.view.statistics();
   p.weights = c.weights(2);
@@ -296,7 +296,7 @@ void backward(void* kernel, TF_OpKernelContext* context) {
   Computation c(context, types);
   Backward p{};
   p.type = types.element();
-  p.x = c.seen(0, 2);
+  p.x = c.viewed(0, 2);
   p.dx = c.output_over(0, 1, &p.dy);
   if (!c.ok()) return;
   int64_t parameters = c.view.parameters(), statistics = c.view.statistics();

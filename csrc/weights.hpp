@@ -75,15 +75,15 @@ class Positions {
   }
 
   // Cuts n positions from the i-th on into at most ceil_div(n, BLOCK) stretches, and returns how many these are.
-  int64_t stretches(int64_t i, int64_t n, Stretch* found) const {
+  int64_t stretches(int64_t i, int64_t n, Stretch* to) const {
     int64_t count = 0;
     for (int64_t begin = 0; begin < n; begin += BLOCK) {
       int64_t end = least(n, begin + BLOCK);
-      Kind of = kind(i + begin, end - begin);
-      if (count > 0 && found[count - 1].kind == of)
-        found[count - 1].end = end;
+      Kind next = kind(i + begin, end - begin);
+      if (count > 0 && to[count - 1].kind == next)
+        to[count - 1].end = end;
       else
-        found[count++] = {begin, end, of};
+        to[count++] = {begin, end, next};
     }
     return count;
   }

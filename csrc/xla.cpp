@@ -181,18 +181,18 @@ class Call {
     const Buffer& buffer = *from.items[i];
     bool doubles = type == Type::float64;
     if (buffer.type != (doubles ? F64 : F32)) refuse("statistics must be float32, or float64 if x is");
-    int64_t found = elements(buffer);
-    if (found == 0 && optional) return {};
-    if (found != lead * count) refuse("a statistic must have one element for each feature");
+    int64_t received = elements(buffer);
+    if (received == 0 && optional) return {};
+    if (received != lead * count) refuse("a statistic must have one element for each feature");
     return {buffer.data, doubles};
   }
 
   // What positions weigh: booleans, or real numbers; with no elements all weigh 1.
   Weights weights(int64_t i) const {
     const Buffer& buffer = *frame_.arguments.items[i];
-    int64_t found = elements(buffer);
-    if (found == 0) return {};
-    if (found != lead * view.positions()) refuse("weights must have one element for each position");
+    int64_t received = elements(buffer);
+    if (received == 0) return {};
+    if (received != lead * view.positions()) refuse("weights must have one element for each position");
     switch (buffer.type) {
       case PRED: return {buffer.data, Weights::bytes};
       case F32: return {buffer.data, Weights::floats};

@@ -93,8 +93,8 @@ struct Statistics {
   Statistics(const Statistics&) = delete;
 };
 
-bool near(double found, double expected, double scale, double part) {
-  return std::fabs(found - expected) <= part * (std::fabs(expected) + scale);
+bool near(double value, double expected, double scale, double part) {
+  return std::fabs(value - expected) <= part * (std::fabs(expected) + scale);
 }
 
 void exercise(const View& v, Type type, unsigned seed) {

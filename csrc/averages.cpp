@@ -63,18 +63,23 @@ void move_parameter(const Averages& p, int64_t i, double mean, double variance) 
 
 }  // namespace
 
-void track(const Averages& p) {
+bool track(const Averages& p) {
   double total = 0;
   for (int64_t g = 0; g < p.view.virtual_batches(); g++) total += count_of(p, g);
-  if (!(total > 0)) return;
-  bool unbiased = p.unbiased && !p.renorm_mean;
+  if (!(total > 0)) return false;
+  bool unbiased = p.unbiased && !p.renorm_mean, moved = false;
   for (int64_t i = 0; i < p.view.parameters(); i += BLOCK) {
     int64_t n = p.view.parameters() - i < BLOCK ? p.view.parameters() - i : BLOCK;
     double mean[BLOCK], variance[BLOCK];
     average(p.mean, p, total, false, i, n, mean);
     average(p.variance, p, total, unbiased, i, n, variance);
-    for (int64_t c = 0; c < n; c++) move_parameter(p, i + c, mean[c], variance[c]);
+    for (int64_t c = 0; c < n; c++) {
+      if (p.skip_nonfinite && !(std::isfinite(mean[c]) && std::isfinite(variance[c]))) continue;
+      move_parameter(p, i + c, mean[c], variance[c]);
+      moved = true;
+    }
   }
+  return moved;
 }
 
 }  // namespace batchnorm

@@ -147,18 +147,19 @@ struct GradientCombine {  // dx = a·dy + w·(b·(x − mean) + c); dx may lie w
 // The step of the moving averages after a forward pass, each moved by its weight of the new value: to the groups' mean
 // of the means and of the variances, by their counts. With renorm its averages move to the mean and to sigma, and the
 // running variance is that of a standard deviation that moves to sigma: the one given, or else its own. Where there is
-// nothing, nothing moves.
+// nothing, nothing moves. Returns whether anything has.
 struct Averages {
   View view;
   Values mean, variance;       // of the forward pass
   Values count, square_count;  // of the forward pass with weights, else absent
-  bool unbiased;  // whether the running variance moves to n/(n − 1) of each group's, n = count²/square_count
+  bool unbiased;        // whether the running variance moves to n/(n − 1) of each group's, n = count²/square_count
+  bool skip_nonfinite;  // whether a parameter keeps its averages whose mean or variance is not finite
   Values running_mean, running_variance, running_stddev;  // in and out, or absent
   double momentum, epsilon;
   Values renorm_mean, renorm_stddev;  // in and out, or absent
   double renorm_momentum;
 };
-void track(const Averages& averages);
+bool track(const Averages& averages);
 
 // What one instruction set offers.
 struct Kernels {

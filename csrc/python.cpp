@@ -229,20 +229,22 @@ void forward(const Kernel& kernel, const In& x, const Out& y, const Out& mean, c
 }
 
 // What averages move after a forward pass, but for where they lie.
-Averages averages_of(const Kernel& kernel, double momentum, bool unbiased, double renorm_momentum) {
+Averages averages_of(const Kernel& kernel, double momentum, bool unbiased, bool skip_nonfinite,
+                     double renorm_momentum) {
   Averages averages{};
   averages.view = kernel.view;
   averages.momentum = momentum;
   averages.unbiased = unbiased;
+  averages.skip_nonfinite = skip_nonfinite;
   averages.epsilon = kernel.epsilon;
   averages.renorm_momentum = renorm_momentum;
   return averages;
 }
 
-void move_averages(const Kernel& kernel, const In& mean, const In& variance, const std::optional<Out>& running_mean,
+bool move_averages(const Kernel& kernel, const In& mean, const In& variance, const std::optional<Out>& running_mean,
                    const std::optional<Out>& running_variance, const std::optional<Out>& running_stddev,
                    const std::optional<Out>& renorm_mean, const std::optional<Out>& renorm_stddev, double momentum,
-                   bool unbiased, double renorm_momentum, const std::optional<In>& count,
+                   bool unbiased, bool skip_nonfinite, double renorm_momentum, const std::optional<In>& count,
                    const std::optional<In>& square_count) {
   if (count.has_value() != square_count.has_value()) refuse("count and square_count go together");
   if (renorm_mean.has_value() != renorm_stddev.has_value()) refuse("renorm_mean and renorm_stddev go together");
@@ -250,7 +252,7 @@ void move_averages(const Kernel& kernel, const In& mean, const In& variance, con
     refuse("running_stddev goes with renorm_mean, renorm_stddev and running_variance");
   int64_t parameters = kernel.view.parameters(), statistics = kernel.view.statistics();
   Checked checked(kernel);
-  Averages averages = averages_of(kernel, momentum, unbiased, renorm_momentum);
+  Averages averages = averages_of(kernel, momentum, unbiased, skip_nonfinite, renorm_momentum);
   averages.mean = checked.numbers(mean, statistics, "mean");
   averages.variance = checked.numbers(variance, statistics, "variance");
   averages.count = checked.numbers(count, kernel.view.virtual_batches(), "count");
@@ -260,7 +262,7 @@ void move_averages(const Kernel& kernel, const In& mean, const In& variance, con
   averages.running_stddev = checked.written_numbers(running_stddev, parameters, "running_stddev");
   averages.renorm_mean = checked.written_numbers(renorm_mean, parameters, "renorm_mean");
   averages.renorm_stddev = checked.written_numbers(renorm_stddev, parameters, "renorm_stddev");
-  track(averages);
+  return track(averages);
 }
 
 void backward(const Kernel& kernel, const In& x, const In& dy, const Out& dx, const In& mean, const In& variance,
@@ -368,11 +370,12 @@ Totals totals_of(const Kernel& kernel, uintptr_t totals) {
   return Totals(kernel.view, address(totals, true, "totals"));
 }
 
-void forward_at(const Kernel& kernel, int64_t threads, uintptr_t x, uintptr_t y, uintptr_t mean, uintptr_t variance,
+// Returns whether an average has moved, or none was to.
+bool forward_at(const Kernel& kernel, int64_t threads, uintptr_t x, uintptr_t y, uintptr_t mean, uintptr_t variance,
                 uintptr_t factor, uintptr_t offset, uintptr_t renorm_mean, uintptr_t renorm_stddev, uintptr_t r,
                 uintptr_t d, double rmin, double rmax, double dmax, uintptr_t running_mean, uintptr_t running_variance,
-                double momentum, bool unbiased, double renorm_momentum, uintptr_t mask, uintptr_t weights, bool zeroed,
-                uintptr_t count, uintptr_t square_count, uintptr_t totals) {
+                double momentum, bool unbiased, bool skip_nonfinite, double renorm_momentum, uintptr_t mask,
+                uintptr_t weights, bool zeroed, uintptr_t count, uintptr_t square_count, uintptr_t totals) {
   auto numbers = [&](uintptr_t value, bool needed, const char* name) {
     return Values{address(value, needed, name), kernel.doubles()};
   };
@@ -392,7 +395,7 @@ void forward_at(const Kernel& kernel, int64_t threads, uintptr_t x, uintptr_t y,
   p.rmin = rmin;
   p.rmax = rmax;
   p.dmax = dmax;
-  Averages averages = averages_of(kernel, momentum, unbiased, renorm_momentum);
+  Averages averages = averages_of(kernel, momentum, unbiased, skip_nonfinite, renorm_momentum);
   p.weights = weights_at(kernel, mask, weights, zeroed);
   bool weighed = static_cast<bool>(p.weights) || totals;
   averages.mean = p.mean;
@@ -410,7 +413,7 @@ void forward_at(const Kernel& kernel, int64_t threads, uintptr_t x, uintptr_t y,
   }
   Released released;
   kernels().forward(p);
-  if (running_mean || running_variance || (renorm && renorm_momentum != 0)) track(averages);
+  return (!running_mean && !running_variance && !(renorm && renorm_momentum != 0)) || track(averages);
 }
 
 void backward_at(const Kernel& kernel, int64_t threads, uintptr_t x, uintptr_t dy, uintptr_t dx, uintptr_t mean,
@@ -556,8 +559,8 @@ NB_MODULE(_cpu, m) {
            optional("weights"), arg("zeroed") = false, optional("count"), optional("square_count"))
       .def("move_averages", &move_averages, nb::kw_only(), array("mean"), array("variance"), optional("running_mean"),
            optional("running_variance"), optional("running_stddev"), optional("renorm_mean"), optional("renorm_stddev"),
-           arg("momentum"), arg("unbiased") = false, arg("renorm_momentum") = 0.0, optional("count"),
-           optional("square_count"))
+           arg("momentum"), arg("unbiased") = false, arg("skip_nonfinite") = false, arg("renorm_momentum") = 0.0,
+           optional("count"), optional("square_count"))
       .def("backward", &backward, nb::kw_only(), array("x"), array("dy"), array("dx"), array("mean"), array("variance"),
            optional("factor"), optional("r"), optional("d"), optional("dfactor"), optional("doffset"), optional("mask"),
            optional("weights"), arg("zeroed") = false, optional("count"))
@@ -572,9 +575,9 @@ NB_MODULE(_cpu, m) {
       .def("forward_at", &forward_at, nb::kw_only(), arg("threads"), arg("x"), arg("y"), arg("mean"), arg("variance"),
            absent("factor"), absent("offset"), absent("renorm_mean"), absent("renorm_stddev"), absent("r"), absent("d"),
            arg("rmin") = -INFINITE, arg("rmax") = INFINITE, arg("dmax") = INFINITE, absent("running_mean"),
-           absent("running_variance"), arg("momentum") = 0.0, arg("unbiased") = false, arg("renorm_momentum") = 0.0,
-           absent("mask"), absent("weights"), arg("zeroed") = false, absent("count"), absent("square_count"),
-           absent("totals"))
+           absent("running_variance"), arg("momentum") = 0.0, arg("unbiased") = false, arg("skip_nonfinite") = false,
+           arg("renorm_momentum") = 0.0, absent("mask"), absent("weights"), arg("zeroed") = false, absent("count"),
+           absent("square_count"), absent("totals"))
       .def("totals_at", &totals_at, nb::kw_only(), arg("threads"), arg("x"), arg("totals"), absent("mask"),
            absent("weights"))
       .def("totals_gradient_at", &totals_gradient_at, nb::kw_only(), arg("threads"), arg("x"), arg("dy"), arg("mean"),

@@ -94,3 +94,28 @@ def test_where_limits_cross_the_upper_one_wins() -> None:
     result = forward(view, drawn(view, TYPES[0], 0), given=Options(None, None, renorm, (4.0, 1.5, 5.0)))
     assert result.r is not None
     assert result.r.tolist() == [1.5, 1.5]
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("renorm", [False, True])
+def test_parameters_whose_moments_are_not_finite_keep_their_averages(renorm: bool, bad: float) -> None:
+    names = ("running_mean", "running_variance", *(("renorm_mean", "renorm_stddev") if renorm else ()))
+    found, given = averages(*names), moments()
+    before = {name: value.copy() for name, value in found.items()}
+    given.mean[2, 0], given.variance[1, 1] = bad, abs(bad)
+    expected = algebra.step(
+        xp,
+        {NAMES.get(name, name): value for name, value in found.items()},
+        Moments(given.mean.mean(axis=0), given.variance.mean(axis=0), 12),
+        EPSILON,
+        rate=0.3,
+        renorm_rate=0.1,
+    )
+    of = kernel(VIEW, np.dtype(np.float64))
+    step: dict[str, Any] = {"momentum": 0.3, "renorm_momentum": 0.1, "skip_nonfinite": True, **found}
+    assert of.move_averages(mean=given.mean, variance=given.variance, **step)
+    for name, value in found.items():
+        np.testing.assert_array_equal(value[:2], before[name][:2])
+        np.testing.assert_allclose(value[2], expected[NAMES.get(name, name)][2], rtol=1e-14)
+        assert value[2] != before[name][2]
+    assert not of.move_averages(mean=np.full((4, 3), bad), variance=given.variance, **step)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import itertools
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -479,3 +481,70 @@ def test_limits_follow_the_schedule_past_its_end_and_wait_during_evaluation(fuse
         layer.eval()(x)
         layer.train()
     assert asked == list(range(steps))
+
+
+SEVERAL: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
+    "plain": ((1, 2), {}),
+    "first": ((0, 1), {}),
+    "neighbours where they lie": ((1, 3), {"renorm": True, "renorm_momentum": 0.3}),
+    "without the channels": ((2, 3), {"renorm": True, "virtual_batch_size": 2}),
+    "all": ((1, 2, 3), {"virtual_batch_size": 2}),
+    "virtual batches, apart where they lie": ((1, 2), {"virtual_batch_size": 2}),
+    "adjustment": ((1, 2), {"adjustment": Adjust((1, 2))}),
+    "adjustment by one axis": ((1, 2), {"adjustment": Adjust((2,))}),
+    "mask": ((1, 2), {"mask": True}),
+    "skip_nonfinite": ((1, 2), {"skip_nonfinite": True}),
+}
+
+
+def several(name: str, form: torch.memory_format, fused: bool | None) -> tuple[BatchNorm, Tensor, Tensor | None]:
+    """A layer with several feature axes, an input in a memory format, and a mask."""
+    axes, options = SEVERAL[name]
+    generator = torch.Generator().manual_seed(5)
+    x = torch.randn((6, 5, 4, 3), generator=generator, dtype=torch.float64).contiguous(memory_format=form)
+    shape = tuple(size for axis, size in enumerate(x.shape) if axis not in axes)
+    mask = torch.rand(shape, generator=generator) > 0.3 if "mask" in options else None
+    options = {option: copy.deepcopy(value) for option, value in options.items() if option != "mask"}
+    sizes = tuple(x.shape[axis] for axis in axes)
+    layer = BatchNorm(sizes, axis=axes, dtype=torch.float64, fused=fused, **options)
+    with torch.no_grad():
+        for value in (layer.weight, layer.bias, layer.running_mean):
+            value.copy_(torch.rand(sizes, generator=generator) + 0.5)
+    return layer, x.requires_grad_(), mask
+
+
+@pytest.mark.parametrize("name", SEVERAL)
+def test_several_axes_of_a_channels_last_tensor_are_those_of_a_contiguous_one(name: str) -> None:
+    layer, x, mask = several(name, torch.channels_last, None)
+    twin, z, _ = several(name, torch.contiguous_format, False)
+    dy = torch.randn(x.shape, generator=torch.Generator().manual_seed(6), dtype=torch.float64)
+    for _ in range(2):
+        y, expected = layer(x, mask), twin(z, mask)
+        torch.testing.assert_close(y, expected, rtol=1e-9, atol=1e-9)
+        assert y.is_contiguous(memory_format=torch.channels_last)
+        y.backward(dy.contiguous(memory_format=torch.channels_last))
+        expected.backward(dy)
+    assert (layer.kernel, twin.kernel) == ("cpu", "composed")
+    assert x.grad is not None
+    assert x.grad.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(x.grad, z.grad, rtol=1e-8, atol=1e-9)
+    for (_, value), (_, other) in zip(layer.named_parameters(), twin.named_parameters(), strict=True):
+        torch.testing.assert_close(value.grad, other.grad, rtol=1e-8, atol=1e-9)
+    torch.testing.assert_close(layer.state_dict(), twin.state_dict(), rtol=1e-9, atol=1e-9)
+    if isinstance(layer.adjustment, Adjust) and isinstance(twin.adjustment, Adjust):
+        assert layer.adjustment.last is not None
+        assert twin.adjustment.last is not None
+        for value, other in zip(layer.adjustment.last, twin.adjustment.last, strict=True):
+            torch.testing.assert_close(value.grad, other.grad, rtol=1e-8, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["plain", "neighbours where they lie", "all", "adjustment", "mask"])
+@pytest.mark.parametrize("form", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_no_array_of_the_size_of_the_input_is_copied(name: str, form: torch.memory_format) -> None:
+    layer, x, mask = several(name, form, None)
+    dy = torch.ones_like(x)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as profile:
+        layer(x, mask).backward(dy)
+    assert layer.kernel == "cpu"
+    copies = [event.input_shapes[0] for event in profile.events() if event.name == "aten::copy_"]
+    assert [shape for shape in copies if math.prod(shape) >= x.numel()] == []

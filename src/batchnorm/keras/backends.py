@@ -97,8 +97,8 @@ elif BACKEND == "torch":
             y, moments, counts = operators.forward(x, factor, offset, renorm, weights, static)
         else:
             old, limits = (None, None) if renorm is None else (renorm[:2], cpu.limits(renorm.clipping))
-            given = (x, factor, offset, None, old, weights, limits, static, plan, None)
-            y, moments, counts = autograd.forward(*given)
+            call = autograd.Call(static, plan, old, limits, weights, averages=None, replicas=None)
+            y, moments, counts, _ = autograd.forward(x, factor, offset, None, call)
         count = plan.count(plan.split(x.shape)) if counts is None else counts[0].unsqueeze(1)
         return y, normalize.average(xp, Moments(moments[0], moments[1], count), 0)
 

@@ -131,18 +131,14 @@ def _train_cpu(
         x=raw, y=y, mean=mean, variance=variance, factor=factor, offset=offset, **renorm, **weighed, **counts
     )
     moved: dict[str, Array] = {}
-    if move and options.skip_nonfinite:
-        groups = (view.virtual_batches, view.parameters)
-        found = Moments(mean.reshape(groups), variance.reshape(groups), count[:, None], square_count=squares[:, None])
-        averaged = normalize.average(xp, found, 0)
-        moved = _move(algebra.reshaped(xp, averaged, plan.parameter_shape), options, variables)
-    elif move:
+    if move:
         moved = {name: value.copy() for name, value in variables.items() if name not in ("gamma", "beta")}
         kernels.move_averages(
             mean=mean,
             variance=variance,
             **{AVERAGES[name]: value for name, value in moved.items()},
             momentum=options.rate,
+            skip_nonfinite=options.skip_nonfinite,
             renorm_momentum=options.renorm_rate,
             **counts,
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,48 +15,48 @@ from batchnorm.core.normalize import Pair
 
 from . import cpu, layout
 from . import namespace as xp
-from .cpu import Averages, Replica, Static
+from .cpu import Averages, Limits, Replica, Static
 from .layout import wide
 from .synchronized import Replicas
 
-__all__ = ["composed", "flat", "forward", "second_derivatives", "shaped"]
+__all__ = ["Call", "composed", "flat", "forward", "second_derivatives", "shaped"]
+
+
+class Call(NamedTuple):
+    """What a training step is told beside what may want gradients: in one object, for PyTorch looks at each argument.
+
+    Attributes:
+        static: The arguments that are not tensors.
+        plan: The geometry.
+        renorm: Renorm's averages, or None.
+        limits: Those of its correction.
+        weights: What each position counts, or None.
+        averages: What is to be moved, or None.
+        replicas: Who else has a part of the batch, or None.
+    """
+
+    static: Static
+    plan: Geometry
+    renorm: Pair | None
+    limits: Limits | None
+    weights: Tensor | None
+    averages: Averages | None
+    replicas: Replicas | None
 
 
 def forward(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    adjustment: Pair | None,
-    renorm: Pair | None,
-    weights: Tensor | None,
-    limits: tuple[float, float, float] | None,
-    static: Static,
-    plan: Geometry,
-    averages: Averages | None,
-    replicas: Replicas | None = None,
-) -> tuple[Tensor, Tensor, Tensor | None]:
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, adjustment: Pair | None, call: Call
+) -> tuple[Tensor, Tensor, Tensor | None, bool]:
     """Normalize by the batch, or by that of all replicas, and move the averages, if they are given.
 
     Returns:
-        The output, the means and variances, [2][groups][parameters], and what counts in each group, [2][groups], where
-        that may differ.
+        The output, the means and variances, [2][groups][parameters], what counts in each group, [2][groups], where that
+        may differ, and whether an average has moved.
     """
-    found: list[Any] = []
-    y: Tensor = _Forward.apply(  # type: ignore[no-untyped-call]
-        x,
-        weight,
-        bias,
-        *(adjustment or (None, None)),
-        *(renorm or (None, None)),
-        weights,
-        limits,
-        static,
-        plan,
-        averages,
-        replicas,
-        found,
-    )
-    return y, *found
+    results: list[Any] = []  # what the graph need not know
+    scale, shift = adjustment or (None, None)
+    y: Tensor = _Forward.apply(x, weight, bias, scale, shift, call, results)  # type: ignore[no-untyped-call]
+    return y, *results
 
 
 def flat(x: Tensor, plan: Geometry, adjustment: Pair | None) -> Pair | None:
@@ -73,27 +73,27 @@ class _Forward(Function):
     """The kernels and folding, differentiated by hand: PyTorch's own derivatives take longer than a small batch."""
 
     @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> Tensor:
-        x, weight, bias, scale, shift, renorm_mean, renorm_stddev, weights, limits, static, *rest = arguments
-        ctx.plan, averages, ctx.replicas, found = rest
+    def forward(ctx: Any, x: Tensor, *arguments: Any) -> Tensor:
+        weight, bias, scale, shift, call, results = arguments
+        static, ctx.plan, renorm, limits, weights, averages, ctx.replicas = call
         pair = flat(x, ctx.plan, None if scale is None else (scale, shift))
         factor, offset = normalize.fold(xp, weight, bias, pair)
         totals = None if ctx.replicas is None else ctx.replicas.totals(x, weights, static)
-        y, moments, correction, counts = cpu.forward(
-            x, factor, offset, renorm_mean, renorm_stddev, weights, limits, static, averages, totals
+        y, moments, correction, counts, moved = cpu.forward(
+            x, factor, offset, renorm, weights, limits, static, averages, totals
         )
-        found += (moments, counts)  # and not outputs, of which the graph would have to know
+        results += (moments, counts, moved)
         ctx.static, ctx.folded = static, None if pair is None else (pair, factor, offset)
         # Of the bias only that it is there matters, and its shape: it may change before a gradient is asked for.
-        kept = None if bias is None else bias.data
-        ctx.save_for_backward(x, weight, kept, scale, shift, moments, correction, weights, counts)
+        shape_of_bias = None if bias is None else bias.data
+        ctx.save_for_backward(x, weight, shape_of_bias, scale, shift, moments, correction, weights, counts)
         ctx.set_materialize_grads(False)
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None) -> Any:
         if dy is None:
-            return (None,) * 14
+            return (None,) * 7
         x, weight, bias, scale, shift, moments, correction, weights, counts = ctx.saved_tensors
         further = torch.is_grad_enabled()
         if ctx.folded is None:
@@ -127,7 +127,7 @@ class _Forward(Function):
         dweight, dbias = normalize.fold_gradient(xp, dfactor, doffset, weight, pair)
         return (
             dx, shaped(dweight, weight), shaped(dbias, bias), shaped(dscale, scale), shaped(dshift, shift),
-            None, None, None, None, None, None, None, None, None,
+            None, None,
         )  # fmt: skip
 
 

@@ -1,6 +1,6 @@
 """The CPU kernels on tensors, by their addresses: exchanging arrays takes longer than normalizing a small batch.
 
-Whatever these addresses belong to has been checked before, by `takes` or `check`: it is of a type that the kernels
+Whatever these addresses belong to has been checked before, by `can_read` or `check`: it is of a type that the kernels
 know, on the CPU, and of as many elements as it is to have.
 """
 
@@ -29,17 +29,18 @@ __all__ = [
     "Static",
     "are_plain",
     "backward",
+    "can_read",
     "check",
     "forward",
     "is_plain",
     "limits",
     "move",
     "serves",
-    "takes",
     "totals",
 ]
 
 KERNEL = cpu.KERNEL
+CPU = torch.device("cpu")  # named, as a default device may be another; x.device takes a microsecond longer
 TYPES = {getattr(torch, name) for name in cpu.TYPES}
 Limits = tuple[float, float, float]
 UNLIMITED = Clipping().limits
@@ -75,7 +76,7 @@ class Static(NamedTuple):
 
 
 class Averages(NamedTuple):
-    """What a training step moves besides renorm's own averages, and the weights of the new values.
+    """What a training step moves besides renorm's own averages, the weights of the new values, and what is left out.
 
     The variance moves to the unbiased one; with renorm to the biased one.
     """
@@ -83,6 +84,7 @@ class Averages(NamedTuple):
     running: tuple[Tensor | None, Tensor | None]
     momentum: float
     renorm_momentum: float
+    skip_nonfinite: bool
 
 
 def serves(x: Tensor, plan: Geometry, traced: bool) -> bool:
@@ -97,8 +99,8 @@ def serves(x: Tensor, plan: Geometry, traced: bool) -> bool:
     )
 
 
-def takes(x: Tensor, shape: tuple[int, ...], values: Sequence[Tensor | None]) -> bool:
-    """Tell whether the kernels take parameters and statistics of this shape as they are."""
+def can_read(x: Tensor, shape: tuple[int, ...], values: Sequence[Tensor | None]) -> bool:
+    """Tell whether the kernels can read and move parameters and statistics of this shape where they are."""
     dtype = wide(x)
     for value in values:
         if value is not None and not (
@@ -121,7 +123,12 @@ def check(x: Tensor, view: View, **values: Tensor | None) -> None:
         size = sizes.get(name, (2 if name == "correction" else 1) * view.parameters)
         if not value.is_cpu:
             raise ValueError(f"{name} must be on the CPU; received one on {value.device}.")
-        dtype = {"dy": x.dtype, "moments": wide(x), "correction": wide(x), "counts": wide(x)}.get(name)
+        dtype = {
+            "dy": x.dtype,
+            "moments": wide(x),
+            "correction": wide(x),
+            "counts": wide(x),
+        }.get(name)
         if dtype is not None and value.dtype not in ((dtype, torch.float64) if name == "moments" else (dtype,)):
             raise TypeError(f"{name} must be of {dtype}; received {value.dtype}.")
         if not value.is_floating_point():
@@ -144,53 +151,53 @@ def forward(
     x: Tensor,
     factor: Tensor | None,
     offset: Tensor | None,
-    renorm_mean: Tensor | None,
-    renorm_stddev: Tensor | None,
+    renorm: tuple[Tensor, Tensor] | None,
     weights: Tensor | None,
     limits: Limits | None,
     static: Static,
     averages: Averages | None = None,
     totals: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, bool]:
     """Compute the output, the moments [2][groups][parameters], and r and d in one tensor; move the averages.
 
     Where groups may differ in what counts in them, also Σw and Σw², [2][groups]. With the `totals` of all replicas the
-    moments and counts are theirs.
+    moments and counts are theirs. The last result is whether an average has moved, if any was to.
     """
     dtype = wide(x)
     x, view, kernel = layout.kernel(x, static.axes, static.virtual_batch_size, static.epsilon)
     y = torch.empty_like(x)
     optional, weights = _weighed(weights, dtype, static)
     counts = correction = None
-    moments = torch.empty((2, view.virtual_batches, view.parameters), dtype=torch.float64, device=x.device)
+    moments = torch.empty((2, view.virtual_batches, view.parameters), dtype=torch.float64, device=CPU)
     if weights is not None or static.virtual_batch_size is not None or totals is not None:
-        counts = torch.empty((2, view.virtual_batches), dtype=dtype, device=x.device)
+        counts = torch.empty((2, view.virtual_batches), dtype=dtype, device=CPU)
     if totals is not None:
         optional["totals"] = _at("totals", totals)
     mean, variance = _halves(moments)
     factor, offset = _dense(factor, dtype), _dense(offset, dtype)  # which keeps them until the call has ended
     if counts is not None:
         optional["count"], optional["square_count"] = _halves(counts)
-    if renorm_mean is not None:
-        correction = torch.empty((2, view.parameters), dtype=dtype, device=x.device)
+    if renorm is not None:
+        correction = torch.empty((2, view.parameters), dtype=dtype, device=CPU)
         r, d = _halves(correction)
-        renorm_mean, renorm_stddev = _dense(renorm_mean, dtype), _dense(renorm_stddev, dtype)
+        renorm_mean, renorm_stddev = _dense(renorm[0], dtype), _dense(renorm[1], dtype)
         rmin, rmax, dmax = limits or UNLIMITED
         optional |= {
             "renorm_mean": _at("renorm_mean", renorm_mean), "renorm_stddev": _at("renorm_stddev", renorm_stddev),
             "r": r, "d": d, "rmin": rmin, "rmax": rmax, "dmax": dmax,
         }  # fmt: skip
     if averages is not None:
-        (running_mean, running_variance), momentum, renorm_momentum = averages
+        (running_mean, running_variance), momentum, renorm_momentum, skip_nonfinite = averages
         optional |= {
             "running_mean": _at("running_mean", running_mean), "running_variance": _at("running_var", running_variance),
-            "momentum": momentum, "unbiased": True, "renorm_momentum": renorm_momentum,
+            "momentum": momentum, "renorm_momentum": renorm_momentum,
+            "unbiased": True, "skip_nonfinite": skip_nonfinite,
         }  # fmt: skip
-    kernel.forward_at(
+    moved = kernel.forward_at(
         threads=torch.get_num_threads(), x=_at("x", x), y=_at("y", y), mean=mean, variance=variance,
         factor=_at("factor", factor), offset=_at("offset", offset), **optional,
     )  # fmt: skip
-    return y, moments, correction, counts
+    return y, moments, correction, counts, moved
 
 
 def move(
@@ -200,19 +207,20 @@ def move(
     renorm: tuple[Tensor, ...] | None,
     static: Static,
     averages: Averages,
-) -> None:
+) -> bool:
     """Move the averages as `forward` does with them, but after it: where it was not certain yet that it succeeds."""
     kernel = layout.kernel(x, static.axes, static.virtual_batch_size, static.epsilon)[2]
-    running, momentum, renorm_momentum = averages
+    running, momentum, renorm_momentum, skip_nonfinite = averages
     names = ("running_mean", "running_variance", "renorm_mean", "renorm_stddev")
     given = dict(zip(names, (*running, *(renorm or ())), strict=False))
     if counts is not None:
         given |= {"count": counts[0], "square_count": counts[1]}
-    kernel.move_averages(
+    moved: bool = kernel.move_averages(
         mean=moments[0].numpy(), variance=moments[1].numpy(),
         **{name: value.detach().numpy() for name, value in given.items() if value is not None},
-        momentum=momentum, unbiased=True, renorm_momentum=renorm_momentum,
+        momentum=momentum, unbiased=True, skip_nonfinite=skip_nonfinite, renorm_momentum=renorm_momentum,
     )  # fmt: skip
+    return moved
 
 
 def backward(
@@ -230,10 +238,8 @@ def backward(
     dtype = wide(x)
     x, view, kernel = layout.kernel(x, static.axes, static.virtual_batch_size, static.epsilon)
     dy, dx = _beside(dy, x), torch.empty_like(x)
-    dfactor, doffset = (
-        None if value is None else torch.empty(view.parameters, dtype=dtype, device=x.device)
-        for value in (factor, offset)
-    )
+    dfactor = None if factor is None else torch.empty(view.parameters, dtype=dtype, device=CPU)
+    doffset = None if offset is None else torch.empty(view.parameters, dtype=dtype, device=CPU)
     factor = _dense(factor, dtype)
     mean, variance = _halves(moments)
     r, d = _halves(correction)

@@ -19,8 +19,10 @@ from batchnorm.core.options import weight as weight_of_new
 
 from . import autograd, checks, cpu, layout, operators, synchronized
 from . import namespace as xp
+from .autograd import Call
 from .checks import Pair
 from .cpu import KERNEL, Averages, Static
+from .layout import ChannelsLast
 from .synchronized import Replicas
 
 __all__ = ["TORCH", "Limits", "Pair", "Result", "State", "Step", "batch_norm", "is_small", "normalize", "sequence_mask"]
@@ -222,15 +224,13 @@ def normalize(
     Of `options` only what PyTorch's own layer does not have is read; the rest is in `step`.
     """
     x = layout.canonical(x)
-    momentum, eps, clipping, _, moves = step
     if not training:
-        return _evaluate(x, axes, options, state, eps, mask)
+        return _evaluate(x, axes, options, state, step.eps, mask)
+    momentum, eps, _, _, moves = step
     replicas = synchronized.replicas(x, options.synchronized, process_group)
     traced, transformed = layout.is_traced(), layout.is_transformed()
-    weight, bias = state.weight, state.bias
-    running = state[:2] if moves else (None, None)
-    size, renorm = options.virtual_batch_size, state.renorm_mean is not None
-    plain = axes == (1,) and not renorm and size is None and options.adjustment is None
+    size = options.virtual_batch_size
+    plain = axes == (1,) and state.renorm_mean is None and size is None and options.adjustment is None
     plain = plain and mask is None and not options.skip_nonfinite and replicas is None
     if traced and layout.is_exported():
         if not plain or options.fused is False or torch.is_tensor(momentum):
@@ -239,111 +239,161 @@ def normalize(
                 "the program to evaluation would not find it there, and it would go on training. Call model.eval() "
                 "first, or batchnorm.torch.revert(model)."
             )
-        return Result(torch.nn.functional.batch_norm(x, *running, weight, bias, True, momentum, eps), TORCH)
-    taken = not traced and cpu.takes(x, tuple([x.shape[axis] for axis in axes]), state)
-    if not taken:
+        return _train_torch(x, state, step)
+    readable = not traced and cpu.can_read(x, tuple([x.shape[axis] for axis in axes]), state)
+    if not readable:
         wrong = checks.misfit(x, axes, state._asdict())
         if plain and (wrong or not checks.is_torch_s_mix(x, state)):  # PyTorch says what is wrong
-            return Result(torch.nn.functional.batch_norm(x, *running, weight, bias, True, float(momentum), eps), TORCH)
+            return _train_torch(x, state, step)
         if wrong:
             raise wrong
     plan, count = checks.training_plan(x, axes, size, eps, single=mask is not None or replicas is not None)
     weights = None if mask is None else checks.weights(mask, x, plan)
     adjustment, by_feature = (None, True) if options.adjustment is None else checks.adjustment(options, x, plan)
-    if plain and not taken and not traced:  # PyTorch's operator would move a copy of such a view
+    if plain and not readable and not traced:  # PyTorch's operator would move a copy of such a view
         plain = not any(value is not None and value.is_neg() for value in state.averages.values())
-    able = by_feature and (taken or traced or cpu.are_plain((*state, *(adjustment or ()))))
+    able = by_feature and (readable or traced or cpu.are_plain((*state, *(adjustment or ()))))
     # An empty batch takes the path of the other replicas; a graph fuses the passes around its collectives.
     able = able and (x.numel() > 0 if replicas is None else not traced)
     kernel = _select(x, plan, options.fused, momentum, plain, able, traced, transformed)
     if kernel == TORCH:
-        return Result(torch.nn.functional.batch_norm(x, *running, weight, bias, True, float(momentum), eps), kernel)
-    if moves and not traced and not (taken and kernel == KERNEL):
+        return _train_torch(x, state, step)
+    if moves and not traced and not (readable and kernel == KERNEL):
         checks.moved(state.averages)
-    form = layout.memory_format(x)
-    if kernel == KERNEL and len(axes) == 1:
-        x = layout.in_format(x, form)
-    elif not traced and not transformed:  # where a gradient comes from elsewhere, its layout is nothing to insist on
-        x = layout.with_gradients_in_format(x, form)
-    corrected = None
-    if state.renorm_mean is not None and state.renorm_stddev is not None:
-        corrected = Renorm(state.renorm_mean, state.renorm_stddev, clipping)
+    batch = Batch(x, plan, count, adjustment, weights, replicas)
     if kernel == KERNEL:
-        static = Static(eps, axes, size)
-        moved = moves and taken and not torch.is_tensor(momentum) and not options.skip_nonfinite
-        if traced:
-            factor, offset = core.fold(xp, weight, bias, autograd.flat(x, plan, adjustment))
-            y, group_moments, counts = operators.forward(x, factor, offset, corrected, weights, static)
-        else:
-            y, group_moments, counts = _call_kernels(
-                x, state, step, adjustment, corrected, weights, static, plan, moved, replicas
-            )
+        return _train_kernels(batch, options, state, step, traced, readable)
+    return _train_composed(batch, options, state, step, eager=not (traced or transformed))
+
+
+class Batch(NamedTuple):
+    """What a training step goes over, after all checks, and who else takes part.
+
+    Attributes:
+        x: The input.
+        plan: Its geometry.
+        least: Values of each feature in the smallest virtual batch.
+        adjustment: a and b, or None.
+        weights: What each position counts, or None.
+        replicas: Who else has a part of the batch, or None.
+    """
+
+    x: Tensor
+    plan: Geometry
+    least: int
+    adjustment: Pair | None
+    weights: Tensor | None
+    replicas: Replicas | None
+
+
+def _train_torch(x: Tensor, state: State, step: Step) -> Result:
+    """Train plainly by PyTorch's own operator, which moves the averages, too."""
+    running_mean, running_var = state[:2] if step.moves else (None, None)
+    momentum = float(step.momentum) if torch.is_tensor(step.momentum) else step.momentum
+    y = torch.nn.functional.batch_norm(x, running_mean, running_var, state.weight, state.bias, True, momentum, step.eps)
+    return Result(y, TORCH)
+
+
+def _train_kernels(batch: Batch, options: Options, state: State, step: Step, traced: bool, readable: bool) -> Result:
+    """Train by the CPU kernels, which move the averages, too, where these are such that they can."""
+    form = layout.memory_format(batch.x)
+    batch = batch._replace(x=layout.in_format(batch.x, form))
+    # Of replicas each would have its features in an order of its own.
+    last = layout.channels_last(batch.x, batch.plan) if batch.replicas is None else None
+    direct = step.moves and readable and last is None and not torch.is_tensor(step.momentum)
+    if last is None:
+        y, moments, counts, moved = _call_kernels(batch, options, state, step, traced, direct)
         y = layout.in_format(y, form)
-        if not moves:
-            return Result(y, kernel)
-        if moved:
-            values = weights is None and replicas is None  # there are, or it would be another kernel
-            return Result(y, kernel, True if counts is None or values else counts[0].any())
-        moments = Moments(group_moments[0], group_moments[1], count)
-        if counts is not None:
-            moments = moments._replace(count=counts[0].unsqueeze(1), square_count=counts[1].unsqueeze(1))
-        averaged = core.average(xp, moments, 0, not renorm)
     else:
-        trained = core.train(
-            xp,
-            x.to(layout.wide(x)),
-            plan,
-            eps,
-            gamma=weight,
-            beta=bias,
-            adjustment=adjustment,
-            renorm=corrected,
-            weights=weights,
-            masked="zero",
-            unbiased=not renorm,
-            merge=None if replicas is None else replicas.merge_of(x, mask is not None),
-        )
-        y, averaged = trained.y.to(x.dtype).contiguous(memory_format=form), trained.averaged
-    if not moves:
-        return Result(y, kernel)
-    averaged = algebra.reshaped(xp, averaged, plan.feature_sizes)
-    return Result(y, kernel, _move(averaged, state, step, options.skip_nonfinite))
+        there = State(*(None if value is None else last.parameter(value) for value in state))
+        y, moments, counts, moved = _call_kernels(_seen(batch, last), options, there, step, traced, direct)
+        y = y.movedim(-1, 1)
+    if not step.moves:
+        return Result(y, KERNEL)
+    if direct:
+        return Result(y, KERNEL, moved or (batch.weights is None and batch.x.numel() == 0))
+    found = Moments(moments[0], moments[1], batch.least)
+    if counts is not None:
+        found = found._replace(count=counts[0].unsqueeze(1), square_count=counts[1].unsqueeze(1))
+    averaged = core.average(xp, found, 0, state.renorm_mean is None)
+    if last is None:
+        averaged = algebra.reshaped(xp, averaged, batch.plan.feature_sizes)
+    else:
+        averaged = last.back(algebra.reshaped(xp, averaged, last.plan.feature_sizes))
+    return Result(y, KERNEL, _move(averaged, state, step, options.skip_nonfinite))
+
+
+def _seen(batch: Batch, last: ChannelsLast) -> Batch:
+    """A batch in the format channels last as it lies."""
+    adjustment, weights = batch.adjustment, batch.weights
+    if adjustment is not None:
+        adjustment = last.values(adjustment[0]), last.values(adjustment[1])
+    return batch._replace(
+        x=last.values(batch.x),
+        plan=last.plan,
+        adjustment=adjustment,
+        weights=None if weights is None else last.values(weights),
+    )
 
 
 def _call_kernels(
-    x: Tensor,
-    state: State,
-    step: Step,
-    adjustment: Pair | None,
-    renorm: Renorm | None,
-    weights: Tensor | None,
-    static: Static,
-    plan: Geometry,
-    moved: bool,
-    replicas: Replicas | None,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Call the kernels now, and let them move the averages, too, where these are to be `moved` so."""
+    batch: Batch, options: Options, state: State, step: Step, traced: bool, direct: bool
+) -> tuple[Tensor, Tensor, Tensor | None, bool]:
+    """Call the kernels, in a graph or now, and let them move the averages where that is `direct`.
+
+    Returns:
+        What `autograd.forward` does.
+    """
+    x, plan, _, adjustment, weights, replicas = batch
+    static = Static(step.eps, plan.axes, plan.virtual_batch_size)
+    renorm = _renorm(state, step)
+    if traced:
+        factor, offset = core.fold(xp, state.weight, state.bias, autograd.flat(x, plan, adjustment))
+        return *operators.forward(x, factor, offset, renorm, weights, static), True
     averages = None
-    if moved:
-        averages = Averages((state.running_mean, state.running_var), float(step.momentum), step.renorm_momentum)
+    if direct:
+        running = state.running_mean, state.running_var
+        averages = Averages(running, float(step.momentum), step.renorm_momentum, options.skip_nonfinite)
     later = averages is not None and _may_yet_raise(x)
     old, limits = (None, None) if renorm is None else (renorm[:2], cpu.limits(renorm.clipping))
-    y, moments, counts = autograd.forward(
-        x,
-        state.weight,
-        state.bias,
-        adjustment,
-        old,
-        weights,
-        limits,
-        static,
-        plan,
-        None if later else averages,
-        replicas,
-    )
+    call = Call(static, plan, old, limits, weights, None if later else averages, replicas)
+    y, moments, counts, moved = autograd.forward(x, state.weight, state.bias, adjustment, call)
     if averages is not None and later:
-        cpu.move(x, moments, counts, old, static, averages)
-    return y, moments, counts
+        moved = cpu.move(x, moments, counts, old, static, averages)
+    return y, moments, counts, moved
+
+
+def _train_composed(batch: Batch, options: Options, state: State, step: Step, eager: bool) -> Result:
+    """Train by PyTorch's operations, one after the other."""
+    x, plan, _, adjustment, weights, replicas = batch
+    form = layout.memory_format(x)
+    if eager:  # else a gradient comes from elsewhere, and its layout is nothing to insist on
+        x = layout.with_gradients_in_format(x, form)
+    trained = core.train(
+        xp,
+        x.to(layout.wide(x)),
+        plan,
+        step.eps,
+        gamma=state.weight,
+        beta=state.bias,
+        adjustment=adjustment,
+        renorm=_renorm(state, step),
+        weights=weights,
+        masked="zero",
+        unbiased=state.renorm_mean is None,
+        merge=None if replicas is None else replicas.merge_of(x, weights is not None),
+    )
+    y = trained.y.to(x.dtype).contiguous(memory_format=form)
+    if not step.moves:
+        return Result(y, passes.COMPOSED)
+    averaged = algebra.reshaped(xp, trained.averaged, plan.feature_sizes)
+    return Result(y, passes.COMPOSED, _move(averaged, state, step, options.skip_nonfinite))
+
+
+def _renorm(state: State, step: Step) -> Renorm | None:
+    if state.renorm_mean is None or state.renorm_stddev is None:
+        return None
+    return Renorm(state.renorm_mean, state.renorm_stddev, step.clipping)
 
 
 def _select(
@@ -407,7 +457,16 @@ def _evaluate(
     if layout.is_eager():
         x = layout.with_gradients_in_format(x, form)
     y = core.infer(
-        xp, x.to(layout.wide(x)), plan, eps, mean, variance, gamma=weight, beta=bias, weights=weights, masked="zero"
+        xp,
+        x.to(layout.wide(x)),
+        plan,
+        eps,
+        mean,
+        variance,
+        gamma=weight,
+        beta=bias,
+        weights=weights,
+        masked="zero",
     )
     return Result(y.to(x.dtype).contiguous(memory_format=form), kernel)
 

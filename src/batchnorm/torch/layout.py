@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,10 +13,13 @@ from torch.autograd import forward_ad
 
 from batchnorm import cpu
 from batchnorm.core import geometry
+from batchnorm.core.algebra import Moments
 from batchnorm.core.geometry import Geometry, View
 
 __all__ = [
+    "ChannelsLast",
     "canonical",
+    "channels_last",
     "in_format",
     "is_batched",
     "is_eager",
@@ -204,6 +207,42 @@ def _kernel(
             f"received {axes}, virtual_batch_size={virtual_batch_size} and shape {tuple(shape)}."
         )
     return view, cpu.kernel(view, str(dtype).removeprefix("torch."), epsilon)
+
+
+class ChannelsLast(NamedTuple):
+    """How the kernels see a tensor of several feature axes in this format as it lies: with axis 1 behind the others.
+
+    Attributes:
+        plan: The geometry of what is seen.
+        place: Where axis 1 is among the feature axes, or None: features are in another order, then.
+    """
+
+    plan: Geometry
+    place: int | None
+
+    def values(self, x: Tensor) -> Tensor:
+        """The input, or what broadcasts against it, as it is seen."""
+        return x.reshape((1,) * (self.plan.rank - x.dim()) + x.shape).movedim(1, -1)
+
+    def parameter(self, value: Tensor) -> Tensor:
+        """What has a value for each feature, in the order of what is seen."""
+        return value if self.place is None else value.movedim(self.place, -1).contiguous()
+
+    def back(self, moments: Moments) -> Moments:
+        """The moments of what is seen, in the order of the input."""
+        if self.place is None:
+            return moments
+        return Moments(*(value.movedim(-1, self.place) if torch.is_tensor(value) else value for value in moments))
+
+
+def channels_last(x: Tensor, plan: Geometry) -> ChannelsLast | None:
+    """Say how a tensor of several feature axes can be seen as it lies; None where it is copied, or need not be."""
+    if len(plan.axes) == 1 or x.is_contiguous() or x.dim() not in (4, 5):
+        return None
+    axes = tuple(sorted(x.dim() - 1 if axis == 1 else max(axis - 1, 0) for axis in plan.axes))
+    shape = (x.shape[0], *x.shape[2:], x.shape[1])
+    seen = geometry.Geometry.of(x.dim(), tuple((axis, shape[axis]) for axis in axes), plan.virtual_batch_size)
+    return ChannelsLast(seen, plan.axes.index(1) if 1 in plan.axes else None) if seen.collapses(shape) else None
 
 
 def is_kept(x: Tensor, axes: tuple[int, ...]) -> bool:

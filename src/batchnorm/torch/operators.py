@@ -65,8 +65,9 @@ def _forward(
     if limits is not None and limits.shape != (3,):
         raise ValueError(f"limits must have 3 elements; received shape {tuple(limits.shape)}.")
     cpu.check(x, view, factor=factor, offset=offset, renorm_mean=renorm_mean, renorm_stddev=renorm_stddev)
-    y, moments, correction, counts = cpu.forward(
-        x, factor, offset, renorm_mean, renorm_stddev, weights,
+    renorm = None if renorm_mean is None or renorm_stddev is None else (renorm_mean, renorm_stddev)
+    y, moments, correction, counts, _ = cpu.forward(
+        x, factor, offset, renorm, weights,
         None if limits is None else tuple(limits.tolist()), static,
     )  # fmt: skip
     correction, counts = (

@@ -526,3 +526,20 @@ def test_the_variance_of_inference_undoes_the_standard_deviation(xp: Arrays) -> 
     variance = positive(20)
     sigma = algebra.stddev(xp.namespace, xp.array(variance), 1e-3)
     near(xp, algebra.inference_variance(xp.namespace, sigma, 1e-3), variance)
+
+
+@pytest.mark.parametrize("skip_nonfinite", [False, True])
+def test_what_has_moved_is_told_with_the_averages(xp: Arrays, skip_nonfinite: bool) -> None:
+    old = {"moving_mean": xp.array([1.0, 2.0, 3.0]), "moving_variance": xp.array([1.0, 1.0, 1.0])}
+    moments = Moments(xp.array([5.0, float("nan"), 5.0]), xp.array([2.0, 2.0, float("inf")]), 3)
+    options: dict[str, Any] = {"rate": 0.5, "renorm_rate": None, "skip_nonfinite": skip_nonfinite}
+    new, moves = algebra.track(xp.namespace, old, moments, 1e-3, **options)
+    mean, variance = (xp.numpy(new[name]) for name in ("moving_mean", "moving_variance"))
+    if skip_nonfinite:
+        assert xp.numpy(moves).tolist() == [True, False, False]
+        assert (mean.tolist(), variance.tolist()) == ([3.0, 2.0, 3.0], [1.5, 1.0, 1.0])
+    else:
+        assert moves is None
+        np.testing.assert_array_equal(mean, [3.0, np.nan, 4.0])
+        np.testing.assert_array_equal(variance, [1.5, 1.5, np.inf])
+    assert algebra.track(xp.namespace, old, moments._replace(count=0), 1e-3, **options)[1] is False

@@ -38,6 +38,7 @@ __all__ = [
     "stddev",
     "step",
     "totals",
+    "track",
     "unbiased_variance",
 ]
 
@@ -421,3 +422,22 @@ def step(
         follows = xp.astype(inference_variance(xp, new["moving_stddev"], epsilon), variance.dtype)
         new["moving_variance"] = follows if moves is None else xp.where(moves, follows, variance)
     return {name: new[name] for name in averages}
+
+
+def track(
+    xp: Namespace,
+    averages: Mapping[str, Array],
+    moments: Moments,
+    epsilon: Any,
+    *,
+    rate: Any,
+    renorm_rate: Any,
+    skip_nonfinite: bool,
+) -> tuple[dict[str, Array], Any]:
+    """The averages after a training step, and which features have moved, as `moving` tells it.
+
+    Arguments are as for `decrements`; with `skip_nonfinite` features whose moments are not finite keep theirs.
+    """
+    moves = finite(xp, moments) if skip_nonfinite else None
+    new = step(xp, averages, moments, epsilon, rate=rate, renorm_rate=renorm_rate, moves=moves)
+    return new, moving(moments, moves)

@@ -8,7 +8,10 @@ import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-__all__ = ["Geometry", "View", "counted_axes", "plan"]
+__all__ = ["REFUSED_WEIGHTS", "Geometry", "View", "counted_axes", "plan"]
+
+REFUSED_WEIGHTS = "mask must hold finite numbers that are not negative; received others."
+"""What is said where a framework finds that not all weights are so."""
 
 
 class View(NamedTuple):

@@ -375,14 +375,18 @@ def _moved(statistics: Arrays, averaged: Moments, plan: Geometry, options: Optio
     found = algebra.reshaped(xp, averaged, plan.feature_sizes)
     mean, variance = (jax.lax.stop_gradient(value) for value in found[:2])
     moments = Moments(mean, variance, found.count)
-    finite = algebra.finite(xp, moments) if options.skip_nonfinite else None
     averages = {AVERAGES[name]: value for name, value in statistics.items() if name in AVERAGES and value is not None}
-    moved = algebra.step(
-        xp, averages, moments, options.epsilon, rate=options.rate, renorm_rate=options.renorm_rate, moves=finite
+    moved, moves = algebra.track(
+        xp,
+        averages,
+        moments,
+        options.epsilon,
+        rate=options.rate,
+        renorm_rate=options.renorm_rate,
+        skip_nonfinite=options.skip_nonfinite,
     )
     new = dict(statistics)
     new.update({name: moved[long] for name, long in AVERAGES.items() if long in moved})
     if new.get("steps") is not None:
-        moves = algebra.moving(moments, finite)
         new["steps"] = new["steps"] + (1 if moves is None else 0 if moves is False else jnp.any(moves))
     return new

@@ -11,7 +11,7 @@ from keras import constraints, initializers, ops, regularizers
 
 from batchnorm.core import algebra, state
 from batchnorm.core.algebra import Moments
-from batchnorm.core.geometry import Geometry
+from batchnorm.core.geometry import REFUSED_WEIGHTS, Geometry
 from batchnorm.core.normalize import Pair
 from batchnorm.core.options import Clipping, Options, flag, pair
 
@@ -282,14 +282,18 @@ class BatchNormalization(keras.layers.BatchNormalization):  # type: ignore[misc]
         """Move the averages, and count the step if one has moved."""
         options = self.options
         averages = {name: value for name, value in values.items() if name not in PARAMETERS}
-        finite = algebra.finite(xp, moments) if options.skip_nonfinite else None
-        moved = algebra.step(
-            xp, averages, moments, options.epsilon, rate=options.rate, renorm_rate=options.renorm_rate, moves=finite
+        moved, moves = algebra.track(
+            xp,
+            averages,
+            moments,
+            options.epsilon,
+            rate=options.rate,
+            renorm_rate=options.renorm_rate,
+            skip_nonfinite=options.skip_nonfinite,
         )
         for name, value in moved.items():
             getattr(self, name).assign(value)
         if self.steps is not None:
-            moves = algebra.moving(moments, finite)
             counted = 1 if moves is None else 0 if moves is False else ops.cast(ops.any(moves), "int32")
             self.steps.assign(self.steps.value + counted)
 
@@ -350,7 +354,7 @@ def _weights(mask: Tensor, inputs: Tensor, plan: Geometry) -> Tensor:
     if keras.backend.standardize_dtype(mask.dtype) != "bool":
         mask = backends.wide(mask, inputs)
         if backends.is_known(mask) and not bool(ops.all((mask >= 0) & xp.isfinite(mask))):
-            raise ValueError("mask must hold finite numbers that are not negative; received others.")
+            raise ValueError(REFUSED_WEIGHTS)
     given, shape = tuple(mask.shape), tuple(inputs.shape)
     sizes = xp.shape(inputs)
     if len(given) == len(shape) - 1 and all(

@@ -163,10 +163,16 @@ def _train_cpu(
 
 def _move(moments: Moments, options: Options, variables: Variables) -> dict[str, Array]:
     averages = {name: value for name, value in variables.items() if name not in ("gamma", "beta")}
-    moves = algebra.finite(xp, moments) if options.skip_nonfinite else None
-    return algebra.step(
-        xp, averages, moments, options.epsilon, rate=options.rate, renorm_rate=options.renorm_rate, moves=moves
+    new, _ = algebra.track(
+        xp,
+        averages,
+        moments,
+        options.epsilon,
+        rate=options.rate,
+        renorm_rate=options.renorm_rate,
+        skip_nonfinite=options.skip_nonfinite,
     )
+    return new
 
 
 # ---- Inference.

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from batchnorm.core import algebra, geometry, passes, state
-from batchnorm.core.geometry import Geometry
+from batchnorm.core.geometry import REFUSED_WEIGHTS, Geometry
 from batchnorm.core.normalize import Masked, Pair
 from batchnorm.core.options import Clipping, Options, flag, pair, received, small_number
 
@@ -336,7 +336,7 @@ def _weights(mask: Array, shape: tuple[int, ...], plan: Geometry) -> Array:
         raise TypeError(f"mask must hold booleans or real numbers; received {mask.dtype.name}.")
     weights = mask.reshape(plan.mask_shape(mask.shape, shape))
     if mask.dtype.kind != "b" and not ((mask >= 0) & np.isfinite(mask)).all():
-        raise ValueError("mask must hold finite numbers that are not negative; received others.")
+        raise ValueError(REFUSED_WEIGHTS)
     return weights
 
 

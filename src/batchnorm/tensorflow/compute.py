@@ -11,7 +11,7 @@ import tensorflow as tf
 
 from batchnorm.core import algebra, normalize, passes
 from batchnorm.core.algebra import Moments
-from batchnorm.core.geometry import Geometry
+from batchnorm.core.geometry import REFUSED_WEIGHTS, Geometry
 from batchnorm.core.normalize import Pair, Renorm
 from batchnorm.core.options import Options
 
@@ -155,7 +155,7 @@ def weights(mask: Any, x: Any, plan: Geometry) -> Any:
         return tf.reshape(mask, shape)
     found = tf.reshape(tf.cast(mask, wide(x)), shape)
     if tf.executing_eagerly() and not bool(tf.reduce_all((found >= 0) & tf.math.is_finite(found))):
-        raise ValueError("mask must hold finite numbers that are not negative; received others.")
+        raise ValueError(REFUSED_WEIGHTS)
     return tf.stop_gradient(found)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, distributed
 
-from batchnorm.core.geometry import Geometry
+from batchnorm.core.geometry import REFUSED_WEIGHTS, Geometry
 from batchnorm.core.options import Options, received
 from batchnorm.core.options import pair as checked_pair
 
@@ -145,7 +145,7 @@ def weights(mask: Any, x: Tensor, plan: Geometry) -> Tensor:
         and layout.is_eager()
         and not bool(((mask >= 0) & (mask < torch.inf)).all())
     ):
-        raise ValueError("mask must hold finite numbers that are not negative; received others.")
+        raise ValueError(REFUSED_WEIGHTS)
     return mask.reshape(shape)
 
 

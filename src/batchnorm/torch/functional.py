@@ -423,14 +423,18 @@ def _move(moments: Moments, state: State, step: Step, skip_nonfinite: bool) -> b
     """Move the averages, and tell whether one has moved."""
     names = {"running_mean": "moving_mean", "running_var": "moving_variance"}
     averages = {names.get(name, name): value for name, value in state.averages.items() if value is not None}
-    moves = algebra.finite(xp, moments) if skip_nonfinite else None
-    new = algebra.step(
-        xp, averages, moments, step.eps, rate=step.momentum, renorm_rate=step.renorm_momentum, moves=moves
+    new, moves = algebra.track(
+        xp,
+        averages,
+        moments,
+        step.eps,
+        rate=step.momentum,
+        renorm_rate=step.renorm_momentum,
+        skip_nonfinite=skip_nonfinite,
     )
     for name, value in new.items():
         averages[name].copy_(value)
-    moving = algebra.moving(moments, moves)
-    return moving.any() if torch.is_tensor(moving) else True  # an empty batch is counted, as by PyTorch's own layer
+    return moves.any() if torch.is_tensor(moves) else True  # an empty batch is counted, as by PyTorch's own layer
 
 
 def _evaluate(

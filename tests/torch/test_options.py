@@ -509,6 +509,7 @@ def several(name: str, form: torch.memory_format, fused: bool | None) -> tuple[B
     layer = BatchNorm(sizes, axis=axes, dtype=torch.float64, fused=fused, **options)
     with torch.no_grad():
         for value in (layer.weight, layer.bias, layer.running_mean):
+            assert value is not None
             value.copy_(torch.rand(sizes, generator=generator) + 0.5)
     return layer, x.requires_grad_(), mask
 
@@ -528,8 +529,8 @@ def test_several_axes_of_a_channels_last_tensor_are_those_of_a_contiguous_one(na
     assert x.grad is not None
     assert x.grad.is_contiguous(memory_format=torch.channels_last)
     torch.testing.assert_close(x.grad, z.grad, rtol=1e-8, atol=1e-9)
-    for (_, value), (_, other) in zip(layer.named_parameters(), twin.named_parameters(), strict=True):
-        torch.testing.assert_close(value.grad, other.grad, rtol=1e-8, atol=1e-9)
+    for ours, theirs in zip(layer.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-8, atol=1e-9)
     torch.testing.assert_close(layer.state_dict(), twin.state_dict(), rtol=1e-9, atol=1e-9)
     if isinstance(layer.adjustment, Adjust) and isinstance(twin.adjustment, Adjust):
         assert layer.adjustment.last is not None

@@ -32,7 +32,7 @@ class Columns {
       : alone(view.size() < ALONE),
         all_groups(view.inner > 1),
         positions_(view, weights),
-        one_block_(all_groups || view.grouped_parameters),
+        one_block_(all_groups || view.shares_weights()),
         v(view),
         past_(goes_past_caches<E>(view)) {
     if (!all_groups) {

@@ -23,12 +23,16 @@ struct View {
   // Whether each group has parameters of its own. Then groups are no virtual batches, but feature axes that other axes
   // lie behind.
   bool grouped_parameters = false;
+  // Whether such groups are whole batches of their own, each with its own weights.
+  bool grouped_weights = false;
 
   // Inlined always, as the functions of Values below.
   [[gnu::always_inline]] int64_t size() const { return rows * features * inner; }
   [[gnu::always_inline]] int64_t bytes(Type type) const { return size() * size_of(type); }
   [[gnu::always_inline]] int64_t statistics() const { return groups * features; }
   [[gnu::always_inline]] int64_t parameters() const { return grouped_parameters ? groups * features : features; }
+  [[gnu::always_inline]] bool shares_weights() const { return grouped_parameters && !grouped_weights; }
+  [[gnu::always_inline]] int64_t counts() const { return shares_weights() ? 1 : groups; }
   [[gnu::always_inline]] int64_t virtual_batches() const { return grouped_parameters ? 1 : groups; }
   [[gnu::always_inline]] int64_t group_rows(int64_t group = 0) const {  // the first have the most
     if (groups < 1 || span < 1) return 0;
@@ -37,7 +41,7 @@ struct View {
   }
   [[gnu::always_inline]] bool uneven() const { return group_rows(groups - 1) != group_rows(); }
   // What weights are for.
-  [[gnu::always_inline]] int64_t positions() const { return (grouped_parameters ? group_rows() : rows) * inner; }
+  [[gnu::always_inline]] int64_t positions() const { return (shares_weights() ? group_rows() : rows) * inner; }
 };
 
 // An array of float or double, whatever the type of x; null stands for an absent one. Its functions are inlined always,
@@ -66,8 +70,8 @@ struct Values {
   }
 };
 
-// How much each position counts, [rows][inner], or [rows of a group][inner] where groups have parameters of their own;
-// null stands for 1 everywhere. What is not above 0 counts nothing, and is never read into a sum.
+// How much each position counts, [rows][inner], or [rows of a group][inner] where groups share them; null stands for 1
+// everywhere. What is not above 0 counts nothing, and is never read into a sum.
 struct Weights {
   enum Kind : int { bytes, floats, doubles };
   const void* data = nullptr;
@@ -91,7 +95,7 @@ struct Forward {
   Values mean, variance;  // out: [groups][features]
   Values r, d;            // out with renorm, else absent: [parameters]
   Weights weights{};
-  Values count{}, square_count{};  // out, or absent: sums of weights and of their squares, [virtual batches]
+  Values count{}, square_count{};  // out, or absent: sums of weights and of their squares, [counts]
   bool measured = false;  // whether the moments are given, those of replicas together: in, and no count goes out
 };
 

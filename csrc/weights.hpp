@@ -36,7 +36,7 @@ class Positions {
 
  public:
   Positions(const View& view, const Weights& weights)
-      : v_(view), weights_(weights), adjacent_(view.groups == 1 || view.grouped_parameters) {}
+      : v_(view), weights_(weights), adjacent_(view.groups == 1 || view.shares_weights()) {}
 
   explicit operator bool() const { return static_cast<bool>(weights_); }
   bool zeroed() const { return weights_.zeroed; }
@@ -130,7 +130,7 @@ class Counts {
   Counts(Scratch& scratch, const View& view, const Weights& weights, const Values& given = {})
       : v_(view), sums_(nullptr), squares_(nullptr) {
     if (!weights) return;
-    int64_t n = v_.virtual_batches();
+    int64_t n = v_.counts();
     sums_ = scratch.take<double>(n);
     if (given) {
       read(given, 0, n, sums_);
@@ -142,10 +142,10 @@ class Counts {
 
   double operator()(int64_t group) const {
     if (sums_ == nullptr) return static_cast<double>(v_.group_rows(group) * v_.inner);
-    return sums_[v_.grouped_parameters ? 0 : group];
+    return sums_[v_.shares_weights() ? 0 : group];
   }
   void write(const Values& sums, const Values& squares) const {
-    for (int64_t g = 0; g < v_.virtual_batches(); g++) {
+    for (int64_t g = 0; g < v_.counts(); g++) {
       double count = (*this)(g);
       if (sums) sums.set(g, count);
       if (squares) squares.set(g, squares_ == nullptr ? count : squares_[g]);
@@ -154,13 +154,15 @@ class Counts {
 
  private:
   void count(const Positions& positions) {
-    int64_t groups = v_.virtual_batches();
+    int64_t groups = v_.counts();
     fill(sums_, groups, 0.0);
     fill(squares_, groups, 0.0);
     if (groups > 1) {
       int64_t sample = v_.span * v_.inner;
-      for (int64_t i = 0; i < v_.rows / v_.span; i++)
-        positions.add(i * sample, sample, sums_[i % groups], squares_[i % groups]);
+      run_tasks(groups, v_.positions() <= SHARED, [&](int64_t g) {
+        for (int64_t i = g; i < v_.rows / v_.span; i += groups)
+          positions.add(i * sample, sample, sums_[g], squares_[g]);
+      });
       return;
     }
     int64_t n = v_.positions(), tasks = ceil_div(n, SHARED);

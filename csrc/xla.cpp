@@ -112,6 +112,10 @@ namespace {
 using namespace batchnorm;
 using namespace xla;
 
+constexpr int64_t ALONE = 1 << 15;  // values below which waking another thread takes longer than the work
+constexpr int64_t APART = 1 << 17;  // values below which a call is not worth sharing out, if others can go beside it
+constexpr int64_t MANY = 4;         // calls for each thread from which all threads end at about the same time
+
 struct Failure {
   Code code;
   std::string message;
@@ -239,14 +243,30 @@ class Call {
   const CallFrame& frame_;
 };
 
-// Several calls on whole batches are one, whose groups have parameters of their own. These would share their weights.
+// Several calls on whole batches are one, whose groups have parameters and weights of their own. So are calls on arrays
+// that begin with a feature axis, unless these have weights, which the groups of each share.
 void join(Call& call, const Weights& weights) {
-  if (call.view.groups > 1 || call.lead == 1 || weights) return;
-  call.view.groups = call.lead;
-  call.view.span = call.view.rows;
-  call.view.rows *= call.lead;
-  call.view.grouped_parameters = true;
+  View& v = call.view;
+  bool whole = v.groups == 1, begins = v.grouped_parameters && v.rows == v.groups * v.span;
+  if (call.lead == 1 || !(whole || (begins && !weights))) return;
+  v.span = v.group_rows();
+  v.groups *= call.lead;
+  v.rows *= call.lead;
+  v.grouped_parameters = v.grouped_weights = true;
   call.lead = 1;
+}
+
+// Runs the calls that are left: several at once, each on one thread, where they are many or small; or else one after
+// the other, each on all threads.
+template <class One>
+void each_call(const Call& call, One&& one) {
+  if (call.lead == 1) return one(0);
+  bool apart = call.lead >= MANY * num_threads() || call.view.size() < APART;
+  run_tasks(call.lead, !apart || call.lead * call.view.size() < ALONE, [&](int64_t i) {
+    if (!apart) return one(i);
+    Team alone(nullptr, 1);
+    one(i);
+  });
 }
 
 Values at(const Values& values, int64_t i) { return values ? Values{values.at(i), values.doubles} : values; }
@@ -266,7 +286,7 @@ void* at(const void* data, const Call& call, int64_t i) {
 void forward(const CallFrame& frame) {
   Call call(frame, 7, 7);
   int64_t parameters = call.view.parameters(), statistics = call.view.statistics();
-  int64_t counts = call.view.virtual_batches(), positions = call.view.positions();
+  int64_t counts = call.view.counts(), positions = call.view.positions();
   const Buffers &in = call.arguments(), &out = call.results();
   Forward all{};
   all.type = call.type;
@@ -299,7 +319,7 @@ void forward(const CallFrame& frame) {
   for (int64_t i = 3; limits && i < 3 * call.lead; i++) same = same && limits.get(i) == limits.get(i % 3);
   if (same) join(call, all.weights);
   all.view = call.view;
-  for (int64_t i = 0; i < call.lead; i++) {
+  each_call(call, [&](int64_t i) {
     Forward p = all;
     p.x = at(all.x, call, i);
     p.y = at(all.y, call, i);
@@ -312,7 +332,7 @@ void forward(const CallFrame& frame) {
     p.count = at(all.count, i * counts);
     if (renorm) p.rmin = limits.get(3 * i), p.rmax = limits.get(3 * i + 1), p.dmax = limits.get(3 * i + 2);
     kernels().forward(p);
-  }
+  });
   for (size_t i = 0; i < exact.size(); i++) {
     auto k = static_cast<int64_t>(i);
     mean.set(k, exact[i]);
@@ -324,7 +344,7 @@ void forward(const CallFrame& frame) {
 void backward(const CallFrame& frame) {
   Call call(frame, 10, 3);
   int64_t parameters = call.view.parameters(), statistics = call.view.statistics();
-  int64_t counts = call.view.virtual_batches(), positions = call.view.positions();
+  int64_t counts = call.view.counts(), positions = call.view.positions();
   const Buffers &in = call.arguments(), &out = call.results();
   Backward all{};
   all.type = call.type;
@@ -350,7 +370,7 @@ void backward(const CallFrame& frame) {
   if (static_cast<bool>(all.r) != static_cast<bool>(all.d)) refuse("r and d go together");
   join(call, all.weights);
   all.view = call.view;
-  for (int64_t i = 0; i < call.lead; i++) {
+  each_call(call, [&](int64_t i) {
     Backward p = all;
     p.x = at(all.x, call, i);
     p.dy = at(all.dy, call, i);
@@ -363,7 +383,7 @@ void backward(const CallFrame& frame) {
     p.weights = at(all.weights, i * positions);
     p.count = at(all.count, i * counts);
     kernels().backward(p);
-  }
+  });
 }
 
 // XLA is C here, so nothing that is thrown may pass.

@@ -221,7 +221,7 @@ void exercise_weights(const View& v, Type type, unsigned seed) {
   }
   auto weight = [&](int64_t i) {
     int64_t row = i / (v.features * v.inner);
-    if (v.grouped_parameters) row = row / (v.groups * v.span) * v.span + row % v.span;
+    if (v.shares_weights()) row = row / (v.groups * v.span) * v.span + row % v.span;
     return weights[static_cast<size_t>(row * v.inner + i % v.inner)];
   };
   auto at = [&](int64_t i) {
@@ -242,9 +242,9 @@ void exercise_weights(const View& v, Type type, unsigned seed) {
     x.set_nan(i);
     if (zeroed) dy.set_nan(i);
   }
-  Statistics mean(all, doubles), variance(all, doubles), counts(v.virtual_batches(), doubles),
-      squares(v.virtual_batches(), doubles), factor(f, doubles, 0.5), offset(f, doubles), average(f, doubles),
-      stddev(f, doubles, 1), r(f, doubles), d(f, doubles), dfactor(f, doubles), doffset(f, doubles);
+  Statistics mean(all, doubles), variance(all, doubles), counts(v.counts(), doubles), squares(v.counts(), doubles),
+      factor(f, doubles, 0.5), offset(f, doubles), average(f, doubles), stddev(f, doubles, 1), r(f, doubles),
+      d(f, doubles), dfactor(f, doubles), doffset(f, doubles);
   Forward p{};
   p.type = type, p.view = v, p.x = x.data(), p.y = y.data(), p.epsilon = 1e-3;
   p.rmin = 0.5, p.rmax = 2, p.dmax = 1;
@@ -270,7 +270,7 @@ void exercise_weights(const View& v, Type type, unsigned seed) {
     expect(near(mean.values.get(k), m, 1, 1e-5), "weighted mean", v, type);
     expect(near(variance.values.get(k), square[i] / number - m * m, 1, 1e-5), "weighted variance", v, type);
     if (v.rows > 0)
-      expect(near(counts.values.get(v.grouped_parameters ? 0 : k / v.features), count[i], 0, 1e-5), "count", v, type);
+      expect(near(counts.values.get(v.shares_weights() ? 0 : k / v.features), count[i], 0, 1e-5), "count", v, type);
   }
   for (int64_t i = 0; i < n; i += 1 + n / 997) {
     if (weight(i) > 0) {
@@ -326,7 +326,8 @@ std::vector<View> views() {
         for (int64_t inner : {1, 2, 3, 7, 17, 67})
           for (int64_t times : {1, 2, 3, 9, 65})
             if ((groups + span + features + inner + times) % 4 == 0 || features * inner < 20)
-              found.push_back({times * groups * span, groups, span, features, inner, (features + times) % 5 == 0});
+              found.push_back({times * groups * span, groups, span, features, inner, (features + times) % 5 == 0,
+                               (features + times) % 10 == 0});
   return found;
 }
 

@@ -127,6 +127,81 @@ def test_a_runtime_that_refuses_the_kernels_is_told_of_once_and_xla_computes(mon
         primitives.available.cache_clear()
 
 
+MAPPED: dict[str, tuple[set[str], dict[str, Any]]] = {
+    "batches": ({"x"}, {}),
+    "parameters": ({"parameters"}, {}),
+    "statistics": ({"x", "statistics"}, {}),
+    "limits": ({"x", "limits"}, {}),
+    "batches and masks": ({"x", "mask"}, {}),
+    "batches under one mask": ({"x", "parameters"}, {"mask": "shared"}),
+    "masks": ({"mask"}, {}),
+    "uneven virtual batches": ({"x", "parameters", "statistics"}, {"virtual_batch_size": 3}),
+    "uneven virtual batches and masks": ({"x", "mask"}, {"virtual_batch_size": 3}),
+    "axes apart": ({"x", "parameters", "statistics"}, {"axis": (0, 2)}),
+    "axes apart and masks": ({"x", "parameters", "mask"}, {"axis": (0, 2)}),
+    "axes apart behind positions": ({"x", "parameters"}, {"axis": (1, 3)}),
+}
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("mapped", MAPPED)
+def test_a_mapped_axis_is_one_call_of_the_kernels_which_gives_what_a_loop_gives(mapped: str) -> None:
+    rng = np.random.default_rng(0)
+    names, options = set(MAPPED[mapped][0]), dict(MAPPED[mapped][1])
+    shape, axis = (7, 2, 5, 3) if options.get("axis") == (1, 3) else (7, 5, 3), options.get("axis", -1)
+    axes = [each % len(shape) for each in (axis if isinstance(axis, tuple) else (axis,))]
+    sizes = tuple(shape[each] for each in axes)
+    positions = tuple(1 if at in axes else size for at, size in enumerate(shape))
+    masked = options.pop("mask", None) == "shared" or "mask" in names
+
+    def values(name: str, size: tuple[int, ...], low: float = 0.5) -> Any:
+        return jnp.asarray(rng.uniform(low, low + 1, (4, *size) if name in names else size))
+
+    given = {
+        "x": values("x", shape),
+        "parameters": {name: values("parameters", sizes) for name in ("scale", "bias")},
+        "statistics": {name: values("statistics", sizes) for name in ("mean", "var", "renorm_mean", "renorm_stddev")},
+        "limits": {"rmin": 0.8, "rmax": 1.5, "dmax": values("limits", (), 0.1)},
+        "mask": values("mask", positions, 0) < 0.6 if masked else None,
+    }
+
+    def step(given: dict[str, Any]) -> Any:
+        def loss(x: Any, parameters: Any) -> Any:
+            y, moved = batch_norm(
+                x,
+                parameters,
+                given["statistics"],
+                training=True,
+                renorm_clipping=given["limits"],
+                mask=given["mask"],
+                **options,
+            )
+            return (y**3).sum(), (y, moved)
+
+        return jax.grad(loss, (0, 1), has_aux=True)(given["x"], given["parameters"])
+
+    where = {
+        name: ({"rmin": None, "rmax": None, "dmax": 0} if name == "limits" else 0) if name in names else None
+        for name in given
+    }
+    together = jax.jit(jax.vmap(step, (where,)))
+    text = together.lower(given).as_text()
+    assert "stablehlo.while" not in text
+    if primitives.available():
+        assert [text.count(f"@{target}(") for target in primitives.TARGETS.values()] == [1, 1]
+
+    def one(name: str, at: int) -> Any:
+        if name not in names:
+            return given[name]
+        return jax.tree.map(lambda value: value[at] if jnp.ndim(value) else value, given[name])
+
+    alone = jax.jit(step)
+    loop = [alone({name: one(name, at) for name in given}) for at in range(4)]
+    right = jax.tree.map(lambda *leaves: np.stack(leaves), *loop)
+    for found, expected in zip(jax.tree.leaves(together(given)), jax.tree.leaves(right), strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-10)
+
+
 def test_without_wide_types_everything_is_float32() -> None:
     x = jnp.asarray(X[0])
     assert x.dtype == jnp.float32

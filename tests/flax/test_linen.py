@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
+from flax.training import train_state
 
 from batchnorm.flax.linen import BatchNorm, ClippingSchedule
 from batchnorm.jax import with_renorm, without_renorm
@@ -88,6 +91,48 @@ def test_layers_that_a_scan_repeats_keep_statistics_of_their_own() -> None:
         ):
             np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(y, x, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:Some donated buffers were not usable")
+def test_a_train_state_carries_the_statistics_and_may_be_donated() -> None:
+    class State(train_state.TrainState):
+        batch_stats: Any
+
+    class Model(nn.Module):
+        layer: Any
+
+        @nn.compact
+        def __call__(self, x: Any, training: bool) -> Any:
+            return nn.Dense(1)(self.layer(use_running_average=not training)(nn.Dense(5)(x)))
+
+    def step(state: State, x: Any) -> tuple[State, Any]:
+        def loss(params: Any) -> Any:
+            variables = {"params": params, "batch_stats": state.batch_stats}
+            y, moved = state.apply_fn(variables, x, True, mutable=["batch_stats"])
+            return ((y[:, 0] - x.sum(axis=1)) ** 2).mean(), moved["batch_stats"]
+
+        (value, moved), gradients = jax.value_and_grad(loss, has_aux=True)(state.params)
+        return state.apply_gradients(grads=gradients, batch_stats=moved), value
+
+    found = []
+    for layer in (functools.partial(BatchNorm, name="norm"), functools.partial(nn.BatchNorm, name="norm")):
+        model = Model(layer)
+        variables = model.init(KEY, X[:, 0], False)
+        state = State.create(
+            apply_fn=model.apply,
+            params=variables["params"],
+            tx=optax.sgd(0.1, 0.9),
+            batch_stats=variables["batch_stats"],
+        )
+        compiled = jax.jit(step, donate_argnums=0)
+        for _ in range(5):
+            state, value = compiled(state, X[:, 0])
+        y = model.apply({"params": state.params, "batch_stats": state.batch_stats}, X[:, 0], False)
+        assert int(state.step) == 5
+        found.append((value, y, state.params, state.batch_stats))
+    ours, theirs = (jax.tree.leaves(one) for one in found)
+    for one, other in zip(ours, theirs, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-4)
 
 
 def test_variables_of_flax_s_layer_load_and_go_back() -> None:

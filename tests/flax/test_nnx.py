@@ -24,6 +24,10 @@ def layer(features: Any = 5, **options: Any) -> BatchNorm:
     return BatchNorm(features, rngs=nnx.Rngs(0), **options)
 
 
+def three_rngs() -> nnx.Rngs:
+    return nnx.Rngs(0).split(3) if hasattr(nnx.Rngs, "split") else nnx.Rngs(0).fork(split=3)
+
+
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("dtype", [None, jnp.bfloat16, jnp.float32])
 @pytest.mark.parametrize("x_type", [jnp.float32, jnp.bfloat16])
@@ -112,7 +116,7 @@ def test_critics_by_vmap_are_one_layer_over_two_axes() -> None:
     def critics(rngs: nnx.Rngs) -> BatchNorm:
         return BatchNorm(5, renorm=True, rngs=rngs)
 
-    apart = critics(nnx.Rngs(0).split(3) if hasattr(nnx.Rngs, "split") else nnx.Rngs(0).fork(split=3))
+    apart = critics(three_rngs())
     together = layer((3, 5), axis=(0, 2), renorm=True)
     x = RNG.normal(1.0, 2.0, (3, 16, 5)).astype(np.float32)
     for _ in range(2):
@@ -120,6 +124,42 @@ def test_critics_by_vmap_are_one_layer_over_two_axes() -> None:
         np.testing.assert_allclose(together(x), y, atol=1e-5)
     for name in ("mean", "var", "renorm_mean", "renorm_stddev"):
         np.testing.assert_allclose(getattr(together, name)[...], getattr(apart, name)[...], rtol=1e-5)
+
+
+def test_layers_that_a_scan_repeats_keep_statistics_of_their_own() -> None:
+    @nnx.vmap(in_axes=0, out_axes=0)
+    def stack(rngs: nnx.Rngs) -> nnx.Module:
+        return nnx.Sequential(nnx.Linear(5, 5, rngs=rngs), BatchNorm(5, virtual_batch_size=4, rngs=rngs))
+
+    @nnx.jit
+    @nnx.scan(in_axes=(0, nnx.Carry), out_axes=nnx.Carry)
+    def forward(block: Any, x: Any) -> Any:
+        return block(x)
+
+    blocks = stack(three_rngs())
+    graph, state = nnx.split(blocks)
+    alone = [nnx.merge(graph, jax.tree.map(lambda value, at=at: value[at], state)) for at in range(3)]
+    x = X[:, 0]
+    y = forward(blocks, x)
+    for block in alone:
+        x = block(x)
+    np.testing.assert_allclose(y, x, atol=1e-5)
+    for name in ("mean", "var"):
+        right = [getattr(block.layers[1], name)[...] for block in alone]
+        np.testing.assert_allclose(getattr(blocks.layers[1], name)[...], right, rtol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:Some donated buffers were not usable")
+def test_a_donated_layer_trains_as_one_that_is_kept() -> None:
+    def step(norm: BatchNorm, x: Any) -> Any:
+        return norm(x)
+
+    kept, donated = layer(**ALL), layer(**ALL)
+    compiled = nnx.jit(step, donate_argnums=0)
+    for _ in range(3):
+        np.testing.assert_allclose(compiled(donated, X), kept(X), atol=1e-6)
+    for name in ("mean", "var", "renorm_mean", "renorm_stddev", "steps"):
+        np.testing.assert_allclose(getattr(donated, name)[...], getattr(kept, name)[...], rtol=1e-6)
 
 
 def test_variables_of_flax_s_layer_load_and_go_back() -> None:
@@ -143,14 +183,15 @@ def test_variables_of_flax_s_layer_load_and_go_back() -> None:
 def test_checkpoints_of_orbax_hold_all_of_it(tmp_path: Path) -> None:
     import orbax.checkpoint as ocp
 
-    norm = layer(**ALL)
+    norm, new = layer(**ALL), layer(**ALL)
     norm(X)
-    state = nnx.state(norm)
     with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(tmp_path / "norm", nnx.to_pure_dict(state))
+        checkpointer.save(tmp_path / "norm", nnx.to_pure_dict(nnx.state(norm)))
         checkpointer.wait_until_finished()
-        restored = checkpointer.restore(tmp_path / "norm", nnx.to_pure_dict(state))
-    for one, other in zip(jax.tree.leaves(restored), jax.tree.leaves(nnx.to_pure_dict(state)), strict=True):
+        nnx.update(new, checkpointer.restore(tmp_path / "norm", nnx.to_pure_dict(nnx.state(new))))
+    assert int(new.steps[...]) == 1
+    np.testing.assert_array_equal(new(X), norm(X))
+    for one, other in zip(jax.tree.leaves(nnx.state(new)), jax.tree.leaves(nnx.state(norm)), strict=True):
         np.testing.assert_array_equal(one, other)
 
 

@@ -9,7 +9,7 @@ demo: .venv/.installed
 	$(BIN)/python -m batchnorm demo
 
 test: .venv/.installed
-	$(BIN)/python -m pytest -n auto
+	$(BIN)/python -m pytest -n auto --dist worksteal
 
 lint: .venv/.installed
 	$(BIN)/ruff check .

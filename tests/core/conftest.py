@@ -94,10 +94,14 @@ def _jax() -> Iterator[Arrays]:
     from batchnorm.jax import namespace
 
     def vjp(function: Callable[..., Any], at: list[Any], dy: Any) -> list[Any]:
-        return list(jax.vjp(function, *at)[1](dy))
+        # Compiled as a whole, for one by one the many little operations take several times as long to compile.
+        return list(jax.jit(lambda at, dy: jax.vjp(function, *at)[1](dy))(at, dy))
 
+    before = jax.config.read("jax_disable_most_optimizations")
     with jax.enable_x64(True):
+        jax.config.update("jax_disable_most_optimizations", True)  # what is tested is not XLA, which takes its time
         yield Arrays("jax", namespace, lambda value: jax.numpy.asarray(np.asarray(value)), vjp)
+        jax.config.update("jax_disable_most_optimizations", before)
 
 
 # Of a module and not of the session, for JAX's wide types are not to stay for tests of other modules.

@@ -32,4 +32,4 @@ def _seeded() -> Iterator[None]:
 
     keras.utils.set_random_seed(0)
     yield
-    keras.backend.clear_session()
+    keras.utils.clear_session(free_memory=False)  # which takes longer than most of the tests

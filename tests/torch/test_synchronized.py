@@ -244,7 +244,7 @@ class Training:
         train(process, self.case)
 
 
-@pytest.mark.slow
+@pytest.mark.slow(seconds=30)
 def test_parts_of_a_batch_train_as_the_whole_in_one_process(tmp_path: pathlib.Path) -> None:
     suite = {name: Training(case) for name, case in CASES.items()}
     run(3, tmp_path, suite | {"single value": single_value, "nothing at all": nothing_at_all}, 200)
@@ -508,7 +508,7 @@ MACHINERY = {
 }  # fmt: skip
 
 
-@pytest.mark.slow
+@pytest.mark.slow(seconds=30)
 def test_parts_of_a_batch_train_as_the_whole_within_pytorch_s_machinery(tmp_path: pathlib.Path) -> None:
     run(3, tmp_path, MACHINERY, 200)
 
@@ -561,7 +561,7 @@ COMPILED = {
 }
 
 
-@pytest.mark.slow
+@pytest.mark.slow(seconds=30)
 def test_parts_of_a_batch_train_as_the_whole_in_compiled_graphs(tmp_path: pathlib.Path) -> None:
     run(2, tmp_path, COMPILED, 230)
 

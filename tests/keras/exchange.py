@@ -1,8 +1,9 @@
-"""Train a model by `fit` from the same beginning on each backend, and load what the others have saved."""
+"""Train a model by `fit` from the same beginning on each backend, and load what all of them have saved."""
 
 from __future__ import annotations
 
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ import numpy as np
 
 from batchnorm.keras import BatchNormalization, ClippingSchedule
 
+SECONDS = 180
+"""After which others have failed."""
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
     "renorm": {"renorm": True, "renorm_clipping": {"rmax": 2.0, "dmax": 0.5}, "renorm_momentum": 0.9},
@@ -41,34 +44,37 @@ def data() -> tuple[Any, Any]:
     return rng.normal(1, 2, (40, 4, 4, 3)).astype("float32"), rng.normal(size=(40, 2)).astype("float32")
 
 
-def main(command: str, folder: Path) -> None:
-    """Save, or load and compare."""
+def main(folder: Path, *backends: str) -> None:
+    """Train and save, then load what each backend has saved, and compare."""
     x, target = data()
     backend = keras.backend.backend()
-    if command == "save":
-        trained = model()
-        trained.compile(keras.optimizers.SGD(0.01), "mse")
-        trained.fit(x, target, batch_size=16, epochs=3, shuffle=False, verbose=0)
-        trained.save(folder / f"{backend}.keras")
-        trained.save_weights(folder / f"{backend}.weights.h5")
-        np.savez(folder / f"{backend}.npz", *trained.get_weights(), y=trained.predict(x, verbose=0))
-        return
-    for path in sorted(folder.glob("*.keras")):
-        loaded = keras.saving.load_model(path)
-        written = dict(np.load(path.with_suffix(".npz")))
+    trained = model()
+    trained.compile(keras.optimizers.SGD(0.01), "mse")
+    trained.fit(x, target, batch_size=16, epochs=3, shuffle=False, verbose=0)
+    trained.save(folder / f"{backend}.keras")
+    trained.save_weights(folder / f"{backend}.weights.h5")
+    reference = trained.get_weights()
+    np.savez(folder / f"{backend}.part.npz", *reference, y=trained.predict(x, verbose=0))
+    (folder / f"{backend}.part.npz").rename(folder / f"{backend}.npz")  # which says that all is there
+    end = time.monotonic() + SECONDS
+    for other in backends:
+        while not (folder / f"{other}.npz").exists():
+            assert time.monotonic() < end, f"{other} has saved nothing"
+            time.sleep(0.1)
+        loaded = keras.saving.load_model(folder / f"{other}.keras")
+        written = dict(np.load(folder / f"{other}.npz"))
         expected = written.pop("y")
         for weight, value in zip(loaded.get_weights(), written.values(), strict=True):
             np.testing.assert_array_equal(weight, value)
         np.testing.assert_allclose(loaded.predict(x, verbose=0), expected, rtol=1e-4, atol=1e-5)
         again = model()
-        again.load_weights(folder / f"{path.stem}.weights.h5")
+        again.load_weights(folder / f"{other}.weights.h5")
         for weight, value in zip(again.get_weights(), written.values(), strict=True):
             np.testing.assert_array_equal(weight, value)
-        reference = dict(np.load(folder / f"{backend}.npz"))
-        for name, value in written.items():
-            np.testing.assert_allclose(value, reference[name], rtol=1e-3, atol=1e-4, err_msg=f"{path.stem}, {name}")
+        for at, (value, own) in enumerate(zip(written.values(), reference, strict=True)):
+            np.testing.assert_allclose(value, own, rtol=1e-3, atol=1e-4, err_msg=f"{other}, {at}")
     print(f"{backend} is right")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]))
+    main(Path(sys.argv[1]), *sys.argv[2:])

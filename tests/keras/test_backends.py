@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.processes import outputs
+
 FOLDER = Path(__file__).parent
 ROOT = FOLDER.parent.parent
 BACKENDS = ("tensorflow", "jax", "torch", "numpy")
@@ -45,9 +47,6 @@ def test_all_holds_on(backend: str) -> None:
 
 @pytest.mark.slow(seconds=40)
 def test_fit_reaches_the_same_statistics_on_every_backend_and_files_of_each_load_on_every_other(tmp_path: Path) -> None:
-    for backend in TRAIN:
-        run(backend, "-m", "tests.keras.exchange", "save", str(tmp_path))
-    for backend in TRAIN:
-        assert (
-            run(backend, "-m", "tests.keras.exchange", "load", str(tmp_path)).splitlines()[-1] == f"{backend} is right"
-        )
+    exchange = [sys.executable, "-m", "tests.keras.exchange", str(tmp_path), *TRAIN]
+    printed = outputs(*(["env", f"KERAS_BACKEND={backend}", *exchange] for backend in TRAIN), cwd=ROOT)
+    assert [each.splitlines()[-1] for each in printed] == [f"{backend} is right" for backend in TRAIN]

@@ -72,7 +72,8 @@ def test_exported_inference_needs_no_operation_but_tensorflow_s_own(tmp_path: pa
         "import sys, numpy, tensorflow as tf\n"
         "x, y, *folders = sys.argv[1:]\n"
         "x = numpy.load(x)\n"
-        "numpy.save(y, [tf.saved_model.load(folder).infer(x) for folder in folders])\n"
+        "models = [tf.saved_model.load(folder) for folder in folders]\n"
+        "numpy.save(y, [model.infer(x) for model in models])\n"
         "assert 'batchnorm' not in sys.modules\n"
     )
     np.save(tmp_path / "x.npy", BATCHES[1][:5])

@@ -1,7 +1,7 @@
 // The kernels for XLA on CPUs, through its foreign function interface: batchnorm_forward and batchnorm_backward.
 //
-// No header of XLA or jaxlib is needed to build this: the few structures that cross are declared here. They are the
-// same in the versions 0.1 to 0.3 of the interface, which is jaxlib 0.4.38 to 0.10.2.
+// No header of XLA, jaxlib or TensorFlow is needed to build this: the few structures that cross are declared here. They
+// are the same in the versions 0.1 to 0.3 of the interface, which is jaxlib 0.4.38 to 0.10.2, and TensorFlow 2.21.
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
@@ -74,12 +74,35 @@ struct ErrorArguments {
   const char* message;
   int32_t code;
 };
+struct MessageArguments {
+  size_t size;
+  Extension* extensions;
+  Error* error;
+  const char* message;  // out: lives as long as the error
+};
+struct DestroyArguments {
+  size_t size;
+  Extension* extensions;
+  Error* error;
+};
+struct CallFrame;
+using Handler = Error*(CallFrame*);
+struct RegisterArguments {
+  size_t size;
+  Extension* extensions;
+  Text name, platform;
+  Handler *instantiate, *prepare, *initialize, *execute;  // the last one is needed
+  uint32_t traits;
+};
 struct Api {  // the beginning of XLA's table of functions
   size_t size;
   Extension* extensions;
   Version version;
   const void* internal;
   Error* (*create_error)(ErrorArguments*);
+  void (*get_message)(MessageArguments*);
+  void (*destroy_error)(DestroyArguments*);
+  Error* (*register_handler)(RegisterArguments*);
 };
 struct CallFrame {
   size_t size;
@@ -104,6 +127,7 @@ struct MetadataExtension {
 constexpr int MAJOR = 0, OLDEST = 1, NEWEST = 3;  // the versions that were tried
 
 static_assert(sizeof(CallFrame) == 168 && sizeof(Buffer) == 48 && sizeof(Version) == 24 && sizeof(Metadata) == 40);
+static_assert(sizeof(RegisterArguments) == 88 && offsetof(Api, register_handler) == 72);
 
 }  // namespace xla
 
@@ -151,11 +175,15 @@ int64_t elements(const Buffer& buffer) {
 }
 
 // What one call has sent, of which XLA checks nothing. The arrays hold `lead` calls one after the other.
+//
+// How x is seen are attributes, or else one argument more, six numbers, where whoever made the program did not know
+// sizes. Such an x may be empty, with no virtual batches, either.
 class Call {
  public:
   Call(const CallFrame& frame, int64_t arguments, int64_t results) : frame_(frame) {
     if (frame.size < sizeof(CallFrame) || frame.stage != EXECUTE) throw Failure{INTERNAL, "a call of an unknown kind"};
-    check(frame.arguments, arguments);
+    bool told = frame.arguments.count == arguments + 1;
+    check(frame.arguments, arguments + told);
     check(frame.results, results);
     const Buffer& x = *frame.arguments.items[0];
     switch (x.type) {
@@ -165,10 +193,19 @@ class Call {
       case BF16: type = Type::bfloat16; break;
       default: refuse("x must be float32, float64, float16 or bfloat16");
     }
-    view = {integer("rows"), integer("groups"), integer("span"), integer("features"), integer("inner")};
-    view.grouped_parameters = integer("grouped_parameters") != 0;
-    if (const char* wrong = fault(view)) refuse(wrong);
     int64_t size = elements(x);
+    empty = told && size == 0;
+    if (empty) return;
+    if (told) {
+      const Buffer& numbers = *frame.arguments.items[arguments];
+      if (numbers.type != S64 || elements(numbers) != 6) refuse("a view must have 6 elements of type int64");
+      const auto* at = static_cast<const int64_t*>(numbers.data);
+      view = {at[0], at[1], at[2], at[3], at[4], at[5] != 0};
+    } else {
+      view = {integer("rows"), integer("groups"), integer("span"), integer("features"), integer("inner")};
+      view.grouped_parameters = integer("grouped_parameters") != 0;
+    }
+    if (const char* wrong = fault(view)) refuse(wrong);
     if (view.rows == 0 || size < view.size() || size % view.size()) refuse("x must have the size of its view");
     lead = size / view.size();
     epsilon = number("epsilon");
@@ -205,10 +242,21 @@ class Call {
     }
   }
 
+  // Of an empty x all sums are 0.
+  void zero() const {
+    for (int64_t i = 1; i < frame_.results.count; i++) {
+      const Buffer& buffer = *frame_.results.items[i];
+      if (buffer.type != F32 && buffer.type != F64) refuse("statistics must be float32 or float64");
+      size_t bytes = static_cast<size_t>(elements(buffer)) * (buffer.type == F64 ? 8 : 4);
+      if (bytes > 0) std::memset(buffer.data, 0, bytes);
+    }
+  }
+
   const Buffers& arguments() const { return frame_.arguments; }
   const Buffers& results() const { return frame_.results; }
 
   Type type;
+  bool empty;
   View view{};
   int64_t lead;
   double epsilon;
@@ -280,11 +328,12 @@ void* at(const void* data, const Call& call, int64_t i) {
   return static_cast<char*>(const_cast<void*>(data)) + i * call.view.bytes(call.type);
 }
 
-// x, weights, factor, offset, renorm_mean, renorm_stddev, limits -> y, mean, variance, rest, count, r, d
+// x, weights, factor, offset, renorm_mean, renorm_stddev, limits[, view] -> y, mean, variance, rest, count, r, d
 //
 // The mean is mean + rest, for in one float it loses what gradients want; JAX has no double by default.
 void forward(const CallFrame& frame) {
   Call call(frame, 7, 7);
+  if (call.empty) return call.zero();
   int64_t parameters = call.view.parameters(), statistics = call.view.statistics();
   int64_t counts = call.view.counts(), positions = call.view.positions();
   const Buffers &in = call.arguments(), &out = call.results();
@@ -340,9 +389,10 @@ void forward(const CallFrame& frame) {
   }
 }
 
-// x, dy, weights, mean, variance, rest, count, factor, r, d -> dx, dfactor, doffset
+// x, dy, weights, mean, variance, rest, count, factor, r, d[, view] -> dx, dfactor, doffset
 void backward(const CallFrame& frame) {
   Call call(frame, 10, 3);
+  if (call.empty) return call.zero();
   int64_t parameters = call.view.parameters(), statistics = call.view.statistics();
   int64_t counts = call.view.counts(), positions = call.view.positions();
   const Buffers &in = call.arguments(), &out = call.results();
@@ -399,11 +449,36 @@ Error* serve(CallFrame* frame, void (*operation)(const CallFrame&)) {
   }
 }
 
+// Give a handler to XLA; what it says against that, or nothing.
+std::string refusal(const Api& api, const char* name, Handler* handler) {
+  constexpr Text HOST{"Host", 4};
+  RegisterArguments arguments{sizeof arguments, nullptr, {name, std::strlen(name)}, HOST, nullptr, nullptr, nullptr,
+                              handler,          0};
+  Error* error = api.register_handler(&arguments);
+  if (error == nullptr) return {};
+  MessageArguments said{sizeof said, nullptr, error, nullptr};
+  api.get_message(&said);
+  std::string message = said.message;
+  DestroyArguments done{sizeof done, nullptr, error};
+  api.destroy_error(&done);
+  return message;
+}
+
 }  // namespace
 
 extern "C" {
 [[gnu::visibility("default")]] Error* batchnorm_forward(CallFrame* frame) { return serve(frame, forward); }
 [[gnu::visibility("default")]] Error* batchnorm_backward(CallFrame* frame) { return serve(frame, backward); }
+// Registers both with the XLA whose table of functions it is given, for TensorFlow, which has no other way from Python.
+// What is wrong, or null.
+[[gnu::visibility("default")]] const char* batchnorm_register(const Api* api) {
+  static std::string wrong;
+  if (api->version.major != MAJOR || api->size < offsetof(Api, register_handler) + sizeof api->register_handler)
+    return "its foreign function interface is of an unknown version";
+  wrong = refusal(*api, "batchnorm_forward", batchnorm_forward);
+  if (wrong.empty()) wrong = refusal(*api, "batchnorm_backward", batchnorm_backward);
+  return wrong.empty() ? nullptr : wrong.c_str();
+}
 // This library has a pool of its own, which follows the one number of the package through these.
 [[gnu::visibility("default")]] int batchnorm_num_threads() { return batchnorm::num_threads(); }
 [[gnu::visibility("default")]] void batchnorm_set_num_threads(int threads) { batchnorm::set_num_threads(threads); }

@@ -36,9 +36,9 @@ if BACKEND == "tensorflow":
     from batchnorm.tensorflow.synchronized import has_replicas
     from batchnorm.tensorflow.synchronized import merge as merge_replicas
 
-    def serves(x: Any, plan: Geometry, weights: Any) -> bool:
-        """Tell whether TensorFlow's operations of the kernels can; XLA does not know them."""
-        return _by_position(weights, plan) and operations.serves(x, plan)
+    def serves(x: Any, plan: Geometry, epsilon: Any, weights: Any) -> bool:
+        """Tell whether the kernels can, as operations of TensorFlow or called by XLA."""
+        return _by_position(weights, plan) and operations.serves(x, plan, epsilon)
 
     def forward(
         x: Any, plan: Geometry, epsilon: float, factor: Any, offset: Any, renorm: Renorm | None, weights: Any
@@ -83,7 +83,7 @@ elif BACKEND == "torch":
     from batchnorm.torch import namespace as xp
     from batchnorm.torch.synchronized import replicas
 
-    def serves(x: Any, plan: Geometry, weights: Any) -> bool:
+    def serves(x: Any, plan: Geometry, epsilon: Any, weights: Any) -> bool:
         """Tell whether the kernels can; they know no transformations of `torch.func`."""
         known = x.numel() > 0 and not layout.is_transformed() and not layout.is_exported()
         return known and _by_position(weights, plan) and cpu.serves(x, plan, layout.is_traced())
@@ -125,7 +125,7 @@ elif BACKEND == "jax":
     from batchnorm.jax import namespace as xp
     from batchnorm.jax import primitives
 
-    def serves(x: Any, plan: Geometry, weights: Any) -> bool:
+    def serves(x: Any, plan: Geometry, epsilon: Any, weights: Any) -> bool:
         """Tell whether the primitives can, which compose what is not for one CPU."""
         return primitives.serves(x, plan, weights)
 
@@ -151,7 +151,7 @@ elif BACKEND == "jax":
 else:
     from . import namespace as xp
 
-    def serves(x: Any, plan: Geometry, weights: Any) -> bool:
+    def serves(x: Any, plan: Geometry, epsilon: Any, weights: Any) -> bool:
         """There are no kernels."""
         return False
 
@@ -215,7 +215,7 @@ def train(
     epsilon = options.epsilon
     if weights is None and plan.group_axis is not None and not isinstance(xp.shape(x)[0], int):
         weights = _ones(x, plan)  # so that virtual batches need not divide a size that is not known yet
-    kernel = passes.select(options.fused, {KERNEL: by_feature and merge is None and serves(x, plan, weights)})
+    kernel = passes.select(options.fused, {KERNEL: by_feature and merge is None and serves(x, plan, epsilon, weights)})
     if kernel == KERNEL:
         if adjustment is not None:
             adjustment = normalize.by_feature(xp, plan, adjustment)

@@ -62,7 +62,7 @@ def train(
     Returns:
         The output; what averages move to, in the parameters' shape; and the name of the kernel that served.
     """
-    ours = by_feature and (options.fused is True or not either) and operations.serves(x, plan)
+    ours = by_feature and (options.fused is True or not either) and operations.serves(x, plan, options.epsilon)
     fused = options.fused if moments is None else False
     fusible = fusible and weights is None
     kernel = passes.select(fused, {operations.KERNEL: ours, FUSED_OP: fusible})

@@ -6,17 +6,17 @@ from typing import Any
 
 import numpy as np
 import tensorflow as tf
-from tensorflow.python.ops import control_flow_util  # nothing public tells whether XLA compiles what is traced
 
 from batchnorm import cpu
 from batchnorm.core import algebra, geometry, normalize
 from batchnorm.core.algebra import Moments
-from batchnorm.core.geometry import Geometry
+from batchnorm.core.geometry import Geometry, View
 from batchnorm.core.normalize import Renorm
 from batchnorm.core.options import Clipping
 from batchnorm.cpu import KERNEL
 
 from . import namespace as xp
+from . import xla
 from .namespace import wide
 
 __all__ = ["KERNEL", "forward", "on_cpu", "serves"]
@@ -34,17 +34,17 @@ def _load() -> Any:
 _operations = _load()
 
 
-def serves(x: Any, plan: Geometry) -> bool:
-    """Tell whether the operations can compute the training step of a layer.
+def serves(x: Any, plan: Geometry, epsilon: Any) -> bool:
+    """Tell whether the kernels can compute the training step of a layer.
 
-    They are for CPUs, and XLA does not know them. Feature axes must collapse to what the kernels see.
+    They are for CPUs. Feature axes must collapse to what they see. XLA knows no operations but its own; it can call the
+    kernels in another way, with an epsilon that is known.
     """
     return (
-        _operations is not None
-        and x.dtype in (tf.float16, tf.bfloat16, tf.float32, tf.float64)
+        x.dtype in (tf.float16, tf.bfloat16, tf.float32, tf.float64)
         and plan.collapses(x.shape.as_list())
         and on_cpu()
-        and not (not tf.executing_eagerly() and control_flow_util.GraphOrParentsInXlaContext(_graph()))
+        and (xla.available() and not tf.is_tensor(epsilon) if xla.compiles() else _operations is not None)
     )
 
 
@@ -85,18 +85,27 @@ def forward(
 
     clipping = Clipping() if renorm is None else renorm.clipping
     nothing = flat(None)
-    y, group_mean, group_variance, count, _, _ = _operations.batchnorm_forward(
-        x=x,
-        view=_view(x, plan),
-        weights=np.zeros(0, bool) if weights is None else tf.reshape(weights, [-1]),
-        factor=flat(factor),
-        offset=flat(offset),
-        renorm_mean=nothing if renorm is None else flat(renorm.mean),
-        renorm_stddev=nothing if renorm is None else flat(renorm.stddev),
-        numbers=tf.stack([xp.astensor(number, dtype) for number in (epsilon, *clipping.limits)]),
-        axes=plan.axes,
-        virtual_batch_size=plan.virtual_batch_size or 0,
-    )
+    given = {
+        "weights": np.zeros(0, bool) if weights is None else tf.reshape(weights, [-1]),
+        "factor": flat(factor),
+        "offset": flat(offset),
+        "renorm_mean": nothing if renorm is None else flat(renorm.mean),
+        "renorm_stddev": nothing if renorm is None else flat(renorm.stddev),
+    }
+    limits = [xp.astensor(limit, dtype) for limit in clipping.limits]
+    if xla.compiles():
+        given = {name: tf.convert_to_tensor(value) for name, value in given.items()}
+        given["limits"] = tf.convert_to_tensor(nothing) if renorm is None else tf.stack(limits)
+        y, group_mean, group_variance, count = _forward_in_xla(x, plan, float(epsilon), **given)
+    else:
+        y, group_mean, group_variance, count, _, _ = _operations.batchnorm_forward(
+            x=x,
+            view=xla.as_operand(_view(x, plan)),
+            numbers=tf.stack([xp.astensor(epsilon, dtype), *limits]),
+            axes=plan.axes,
+            virtual_batch_size=plan.virtual_batch_size or 0,
+            **given,
+        )
     for value in (group_mean, group_variance):
         value.set_shape([None, None])
     mean, variance = (tf.cast(tf.stop_gradient(value), dtype) for value in (group_mean, group_variance))
@@ -105,7 +114,7 @@ def forward(
     return y, algebra.average_groups(xp, Moments(mean, variance, counts), None if plan.group_axis is None else 0)
 
 
-def _view(x: Any, plan: Geometry) -> Any:
+def _view(x: Any, plan: Geometry) -> View:
     """How the kernels see a batch, of numbers of which some may be known only when the program runs."""
     sizes = x.shape.as_list()
     if None in sizes:
@@ -113,16 +122,15 @@ def _view(x: Any, plan: Geometry) -> Any:
         sizes = [dynamic[axis] if size is None else size for axis, size in enumerate(sizes)]
     view = plan.view(sizes)
     assert view is not None
-    return tf.stack([tf.cast(number, tf.int64) for number in view]) if any(map(tf.is_tensor, view)) else list(view)
-
-
-def _graph() -> Any:
-    return tf.compat.v1.get_default_graph()
+    return view
 
 
 def _present(value: Any, gradient: Any) -> Any:
     """The gradient of an input; None for an input that is absent, which has no elements."""
     return None if value.shape.num_elements() == 0 else gradient
+
+
+# ---- Derivatives of the operations.
 
 
 @tf.RegisterGradient("BatchnormForward")
@@ -150,26 +158,33 @@ def _forward_gradient(operation: Any, dy: Any, *_: Any) -> list[Any]:
 
 @tf.RegisterGradient("BatchnormBackward")
 def _backward_gradient(operation: Any, *upstream: Any) -> list[Any]:
-    """Second derivatives, by TensorFlow's own differentiation of the composed layer.
+    x, dy, _, weights, numbers, _, _, _, factor, r, d = operation.inputs
+    dx, ddy, dfactor = _second_derivatives(
+        x, dy, weights, factor, r, d, numbers[0], upstream, **_attributes(operation)
+    )
+    return [dx, ddy, *[None] * 6, None if dfactor is None else _present(factor, dfactor), None, None]
+
+
+def _second_derivatives(
+    x: Any, dy: Any, weights: Any, factor: Any, r: Any, d: Any, epsilon: Any, upstream: Any, **static: Any
+) -> list[Any]:
+    """Second derivatives by x, dy and factor, by TensorFlow's own differentiation of the composed layer.
 
     The moments are taken as the functions of x that they are, so nothing is left for them as inputs.
     """
-    x, dy, _, weights, numbers, _, _, _, factor, r, d = operation.inputs
     offset = tf.zeros_like(upstream[2])
     with tf.GradientTape() as outer:
         outer.watch([x, dy, factor])
         with tf.GradientTape() as inner:
             inner.watch([x, factor, offset])
-            y = _composed(x, weights, factor, offset, r, d, numbers[0], **_attributes(operation))
+            y = _composed(x, weights, factor, offset, r, d, epsilon, **static)
         first = inner.gradient(y, [x, factor, offset], output_gradients=dy)
         pairs = [(value, weight) for value, weight in zip(first, upstream, strict=False) if value is not None]
-    second = outer.gradient(
+    return outer.gradient(
         [value for value, _ in pairs],
         [x, dy, factor],
         output_gradients=[tf.reshape(weight, tf.shape(value)) for value, weight in pairs],
     )
-    dx, ddy, dfactor = second
-    return [dx, ddy, *[None] * 6, None if dfactor is None else _present(factor, dfactor), None, None]
 
 
 def _attributes(operation: Any) -> dict[str, Any]:
@@ -195,3 +210,69 @@ def _composed(
         weights=weights,
     )
     return tf.cast(trained.y, x.dtype)
+
+
+# ---- The kernels in XLA, which knows no gradients of operations.
+
+
+def _forward_in_xla(
+    x: Any,
+    plan: Geometry,
+    epsilon: float,
+    *,
+    weights: Any,
+    factor: Any,
+    offset: Any,
+    renorm_mean: Any,
+    renorm_stddev: Any,
+    limits: Any,
+) -> tuple[Any, Any, Any, Any]:
+    """Give the output, and mean, variance and count of each virtual batch."""
+    view = _view(x, plan)
+    static = {"axes": plan.axes, "virtual_batch_size": plan.virtual_batch_size or 0}
+
+    @tf.custom_gradient  # type: ignore[untyped-decorator]
+    def forward(x: Any, factor: Any, offset: Any) -> Any:
+        averages = renorm_mean, renorm_stddev, limits
+        y, mean, variance, rest, count, r, d = xla.forward(
+            x, view, weights, factor, offset, *averages, epsilon=epsilon
+        )
+
+        def gradient(dy: Any, *_: Any) -> list[Any]:
+            saved = weights, mean, variance, rest, count, factor, r, d
+            dx, dfactor, doffset = _backward_in_xla(x, dy, view, *saved, epsilon=epsilon, **static)
+            return [dx, _present(factor, dfactor), _present(offset, doffset)]
+
+        return (y, mean, variance, count), gradient
+
+    found: tuple[Any, Any, Any, Any] = forward(x, factor, offset)
+    return found
+
+
+def _backward_in_xla(
+    x: Any,
+    dy: Any,
+    view: View,
+    weights: Any,
+    mean: Any,
+    variance: Any,
+    rest: Any,
+    count: Any,
+    factor: Any,
+    r: Any,
+    d: Any,
+    *,
+    epsilon: float,
+    **static: Any,
+) -> Any:
+    @tf.custom_gradient  # type: ignore[untyped-decorator]
+    def backward(x: Any, dy: Any, factor: Any) -> Any:
+        saved = weights, mean, variance, rest, count, factor, r, d
+
+        def gradient(*upstream: Any) -> list[Any]:
+            like = tf.constant(epsilon, factor.dtype)
+            return _second_derivatives(x, dy, weights, factor, r, d, like, upstream, **static)
+
+        return tuple(xla.backward(x, dy, view, *saved, epsilon=epsilon)), gradient
+
+    return backward(x, dy, factor)

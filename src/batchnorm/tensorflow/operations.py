@@ -159,9 +159,7 @@ def _forward_gradient(operation: Any, dy: Any, *_: Any) -> list[Any]:
 @tf.RegisterGradient("BatchnormBackward")
 def _backward_gradient(operation: Any, *upstream: Any) -> list[Any]:
     x, dy, _, weights, numbers, _, _, _, factor, r, d = operation.inputs
-    dx, ddy, dfactor = _second_derivatives(
-        x, dy, weights, factor, r, d, numbers[0], upstream, **_attributes(operation)
-    )
+    dx, ddy, dfactor = _second_derivatives(x, dy, weights, factor, r, d, numbers[0], upstream, **_attributes(operation))
     return [dx, ddy, *[None] * 6, None if dfactor is None else _present(factor, dfactor), None, None]
 
 
@@ -180,11 +178,12 @@ def _second_derivatives(
             y = _composed(x, weights, factor, offset, r, d, epsilon, **static)
         first = inner.gradient(y, [x, factor, offset], output_gradients=dy)
         pairs = [(value, weight) for value, weight in zip(first, upstream, strict=False) if value is not None]
-    return outer.gradient(
+    second: list[Any] = outer.gradient(
         [value for value, _ in pairs],
         [x, dy, factor],
         output_gradients=[tf.reshape(weight, tf.shape(value)) for value, weight in pairs],
     )
+    return second
 
 
 def _attributes(operation: Any) -> dict[str, Any]:
@@ -231,12 +230,10 @@ def _forward_in_xla(
     view = _view(x, plan)
     static = {"axes": plan.axes, "virtual_batch_size": plan.virtual_batch_size or 0}
 
-    @tf.custom_gradient  # type: ignore[untyped-decorator]
+    @tf.custom_gradient
     def forward(x: Any, factor: Any, offset: Any) -> Any:
         averages = renorm_mean, renorm_stddev, limits
-        y, mean, variance, rest, count, r, d = xla.forward(
-            x, view, weights, factor, offset, *averages, epsilon=epsilon
-        )
+        y, mean, variance, rest, count, r, d = xla.forward(x, view, weights, factor, offset, *averages, epsilon=epsilon)
 
         def gradient(dy: Any, *_: Any) -> list[Any]:
             saved = weights, mean, variance, rest, count, factor, r, d
@@ -265,7 +262,7 @@ def _backward_in_xla(
     epsilon: float,
     **static: Any,
 ) -> Any:
-    @tf.custom_gradient  # type: ignore[untyped-decorator]
+    @tf.custom_gradient
     def backward(x: Any, dy: Any, factor: Any) -> Any:
         saved = weights, mean, variance, rest, count, factor, r, d
 

@@ -147,11 +147,12 @@ def forward(
         y, mean, variance, rest, count, r and d. The mean is mean + rest, each of the type of the arithmetic.
     """
     operands = [x, weights, factor, offset, renorm_mean, renorm_stddev, limits, as_operand(view)]
-    dtype, groups, batches = factor.dtype, view.groups, view.virtual_batches
-    hints = []
-    if tf.is_tensor(groups):  # an operand that tells XLA's inference of shapes
-        hints, groups = [tf.zeros([groups, 0])], _Size(len(operands), 0)
-        batches = groups
+    dtype, hints = factor.dtype, []
+    groups: int | _Size = view.groups
+    batches: int | _Size = view.virtual_batches
+    if tf.is_tensor(groups):  # then XLA learns it from the size of an operand more
+        hints = [tf.zeros([groups, 0])]
+        groups = batches = _Size(len(operands), 0)
     statistics = _Result(dtype, [groups, view.features])
     correction = _Result(dtype, renorm_mean.shape.as_list())
     results = [_like(x), *[statistics] * 3, _Result(dtype, [batches]), correction, correction]
@@ -189,7 +190,9 @@ def _like(x: Tensor) -> _Result:
     return _Result(x.dtype, [_Size(0, axis) if size is None else size for axis, size in enumerate(sizes)])
 
 
-def _call(name: str, operands: list[Tensor], hints: list[Tensor], results: list[_Result], epsilon: float) -> list[Tensor]:
+def _call(
+    name: str, operands: list[Tensor], hints: list[Tensor], results: list[_Result], epsilon: float
+) -> list[Tensor]:
     """Call a kernel; it does not see the hints, of which only the sizes matter."""
     operands = [tf.convert_to_tensor(operand) for operand in operands]
     operation = tf2xla.call_module(
@@ -237,7 +240,7 @@ def _module(name: str, operands: list[Tensor], hints: list[Tensor], results: lis
         ]
     )
     return f"""module @batchnorm attributes {{jax.uses_shape_polymorphism = true}} {{
-  func.func public @main({arguments}) -> ({', '.join(found)}) {{
+  func.func public @main({arguments}) -> ({", ".join(found)}) {{
     {body}
   }}
 }}

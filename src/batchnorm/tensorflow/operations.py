@@ -50,7 +50,7 @@ def serves(x: Any, plan: Geometry, epsilon: Any) -> bool:
 
 def on_cpu() -> bool:
     """Tell whether there is nothing but CPUs to compute on."""
-    return not tf.config.list_physical_devices("GPU")
+    return all(device.device_type == "CPU" for device in tf.config.list_physical_devices())
 
 
 def forward(

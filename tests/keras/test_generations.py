@@ -64,6 +64,14 @@ def test_files_of_every_generation_load_as_ours_and_give_what_they_gave(name: st
         np.testing.assert_array_equal(one, other)
 
 
+def test_synchronized_layers_of_keras_2_are_synchronized_ones_of_ours() -> None:
+    model = load_model(FILES / "synchronized.h5", compile=False)
+    assert [layer.synchronized for layer in ours(model)] == [False, True]
+    with np.load(FILES / "synchronized.npz") as written:
+        y = keras.ops.convert_to_numpy(model([written["x"]], training=False))
+        np.testing.assert_allclose(y, written["y"], rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("name", ["tf_keras", "axes", "virtual"])
 def test_what_keras_itself_does_not_read_or_reads_wrongly_is_why_there_is_a_loader(name: str) -> None:
     with pytest.raises((TypeError, ValueError)):

@@ -20,6 +20,9 @@ from .layer import BatchNormalization
 __all__ = ["load_model"]
 
 REGISTERED = keras.saving.get_registered_name(BatchNormalization)
+STOCK = ("BatchNormalization", "BatchNormalizationV1")
+SYNCHRONIZED = "SyncBatchNormalization"
+"""A class of Keras 2 whose configuration does not say what its name does."""
 CONFIG = "config.json"
 FUNCTIONAL = "keras.src.models.functional"
 """Where Keras 3 looks for the class of functional models, which Keras 2 had in a module called engine."""
@@ -34,8 +37,10 @@ def load_model(
     """Load a model as `keras.saving.load_model` does, with the layer of this package for each stock one in it.
 
     It reads files that Keras' own does not, too: those of tf_keras in the ``.keras`` format, batch normalization over
-    several axes, and with virtual batches, in both formats. The file stays as it is. For more options convert the
-    model: ``convert(load_model(path), renorm=True)``.
+    several axes, and with virtual batches, in both formats; and in HDF5 files Keras 2's ``SyncBatchNormalization``, as
+    a layer with ``synchronized=True``. (Its ``BatchNormalization(synchronized=True)`` was written without the argument:
+    set it on the loaded layer.) The file stays as it is. For more options convert the model:
+    ``convert(load_model(path), renorm=True)``.
 
     Args:
         filepath: A file that ends in ``.keras``, ``.h5`` or ``.hdf5``, of any generation of Keras.
@@ -131,12 +136,16 @@ def _replaced(config: Any) -> Any:
     registered = config.get("registered_name") or name
     if registered == "Functional" and str(config.get("module")).endswith(".engine.functional"):
         config = config | {"module": FUNCTIONAL}
-    if not isinstance(inner, dict) or registered not in ("BatchNormalization", "BatchNormalizationV1", REGISTERED):
+    hdf5 = "module" not in config  # these know classes by their registered names
+    synchronized = registered == SYNCHRONIZED and hdf5  # archives have variables by the class, where ours finds none
+    if not isinstance(inner, dict) or not (registered in (*STOCK, REGISTERED) or synchronized):
         return {key: _replaced(value) for key, value in config.items()}
     known = {key: value for key, value in inner.items() if key not in ("axis", AXES)}
     if "axis" in inner or AXES in inner:
         known[AXES] = inner.get(AXES, inner.get("axis"))
-    if "module" not in config:  # HDF5 files know classes by their registered names
+    if synchronized:
+        known["synchronized"] = True
+    if hdf5:
         return config | {"class_name": REGISTERED, "config": known}
     ours = {"module": BatchNormalization.__module__, "class_name": "BatchNormalization", "registered_name": REGISTERED}
     return config | ours | {"config": known}

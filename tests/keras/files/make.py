@@ -1,8 +1,8 @@
 """Write the files of this folder: `python make.py GENERATION`, where that generation of Keras is the one that is found.
 
-``tf_keras`` writes tf_keras.h5, tf_keras.keras, axes.h5, axes.keras, virtual.h5 and virtual.keras with tf_keras 2.21;
-``keras-3.3`` and ``keras-3.13`` write KERAS.h5 and KERAS.keras with Keras 3.3.3 and 3.13.2. Beside each .keras file is
-an .npz with an input, the model's output in inference, and its weights by layer.
+``tf_keras`` writes files called tf_keras, axes, virtual and synchronized with tf_keras 2.21; of the last
+only the .h5 is kept. ``keras-3.3`` and ``keras-3.13`` write KERAS.h5 and KERAS.keras with Keras 3.3.3 and 3.13.2.
+Beside each is an .npz with an input, the model's output in inference, and its weights by layer.
 """
 
 from __future__ import annotations
@@ -49,6 +49,8 @@ if __name__ == "__main__":
         limits = {"rmax": 2.0, "dmax": 1.0}
         first = Version1(name="first", axis=1, virtual_batch_size=4, renorm=True, renorm_clipping=limits)
         write(tf_keras, "virtual", [first, Version1(name="second", virtual_batch_size=4)])
+        second = tf_keras.layers.experimental.SyncBatchNormalization(name="second", axis=1)
+        write(tf_keras, "synchronized", [tf_keras.layers.BatchNormalization(name="first"), second])
     else:
         import keras
 

@@ -311,7 +311,7 @@ def _train_kernels(batch: Batch, options: Options, state: State, step: Step, tra
     if not step.moves:
         return Result(y, KERNEL)
     if direct:
-        return Result(y, KERNEL, moved or (batch.weights is None and batch.x.numel() == 0))
+        return Result(y, KERNEL, moved)
     found = Moments(moments[0], moments[1], batch.least)
     if counts is not None:
         found = found._replace(count=counts[0].unsqueeze(1), square_count=counts[1].unsqueeze(1))

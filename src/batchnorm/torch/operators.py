@@ -56,7 +56,7 @@ def _forward(
     epsilon: float,
     axes: Sequence[int],
     virtual_batch_size: int | None,
-    zeroed: bool,
+    zeroed: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     static, view = _seen(x, Static(epsilon, tuple(axes), virtual_batch_size, zeroed))
     weights = _weights(weights, x, static)
@@ -79,7 +79,7 @@ def _forward(
 @_forward.register_fake
 def _(
     x: Tensor, factor: Any, offset: Any, renorm_mean: Any, renorm_stddev: Any, limits: Any, weights: Any,
-    epsilon: float, axes: Sequence[int], virtual_batch_size: int | None, zeroed: bool,
+    epsilon: float, axes: Sequence[int], virtual_batch_size: int | None, zeroed: bool = True,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     dtype, parameters = wide(x), _parameters(x, axes)
     groups = 1 if virtual_batch_size is None else -(-x.shape[0] // virtual_batch_size)
@@ -105,7 +105,7 @@ def _backward(
     epsilon: float,
     axes: Sequence[int],
     virtual_batch_size: int | None,
-    zeroed: bool,
+    zeroed: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
     static, view = _seen(x, Static(epsilon, tuple(axes), virtual_batch_size, zeroed))
     weights = _weights(weights, x, static)
@@ -126,7 +126,7 @@ def _backward(
 @_backward.register_fake
 def _(
     dy: Any, x: Tensor, factor: Any, offset: Any, moments: Any, correction: Any, weights: Any, counts: Any,
-    epsilon: float, axes: Sequence[int], virtual_batch_size: int | None, zeroed: bool,
+    epsilon: float, axes: Sequence[int], virtual_batch_size: int | None, zeroed: bool = True,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     parameters = _parameters(x, axes)
     return (

@@ -9,9 +9,8 @@
 namespace batchnorm {
 namespace {
 
-constexpr int64_t ALONE = 1 << 15;  // values below which waking another thread takes longer than the work
-constexpr int64_t PLACES = 4;       // places in memory that are read in turn
-constexpr int64_t FIRST = 8;        // rows whose mean the others are measured from
+constexpr int64_t PLACES = 4;  // places in memory that are read in turn
+constexpr int64_t FIRST = 8;   // rows whose mean the others are measured from
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 

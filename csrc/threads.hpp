@@ -5,6 +5,8 @@
 
 namespace batchnorm {
 
+constexpr int64_t ALONE = 1 << 15;  // values below which waking another thread takes longer than the work
+
 // Run task(context, i) for every i in [0, tasks), on the calling thread and, if they are free, on those of the pool.
 // Which thread runs which task is left open, so tasks must be independent. What one of them throws is thrown here, when
 // all have ended.

@@ -136,7 +136,6 @@ namespace {
 using namespace batchnorm;
 using namespace xla;
 
-constexpr int64_t ALONE = 1 << 15;  // values below which waking another thread takes longer than the work
 constexpr int64_t APART = 1 << 17;  // values below which a call is not worth sharing out, if others can go beside it
 constexpr int64_t MANY = 4;         // calls for each thread from which all threads end at about the same time
 

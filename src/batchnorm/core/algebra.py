@@ -403,7 +403,18 @@ def step(
     With renorm the moving variance belongs to a moving standard deviation. Where that is not among the averages, as on
     PyTorch, it is the one that the moving variance had.
     """
-    moves = moving(moments, moves)
+    return _step(xp, averages, moments, epsilon, rate, renorm_rate, moving(moments, moves))
+
+
+def _step(
+    xp: Namespace,
+    averages: Mapping[str, Array],
+    moments: Moments,
+    epsilon: Any,
+    rate: Any,
+    renorm_rate: Any,
+    moves: Any,
+) -> dict[str, Array]:
     if moves is False:
         return dict(averages)
     old, dtype = averages, moments.variance.dtype
@@ -438,6 +449,5 @@ def track(
 
     Arguments are as for `decrements`; with `skip_nonfinite` features whose moments are not finite keep theirs.
     """
-    moves = finite(xp, moments) if skip_nonfinite else None
-    new = step(xp, averages, moments, epsilon, rate=rate, renorm_rate=renorm_rate, moves=moves)
-    return new, moving(moments, moves)
+    moves = moving(moments, finite(xp, moments) if skip_nonfinite else None)
+    return _step(xp, averages, moments, epsilon, rate, renorm_rate, moves), moves

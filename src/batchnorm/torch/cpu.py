@@ -123,12 +123,7 @@ def check(x: Tensor, view: View, **values: Tensor | None) -> None:
         size = sizes.get(name, (2 if name == "correction" else 1) * view.parameters)
         if not value.is_cpu:
             raise ValueError(f"{name} must be on the CPU; received one on {value.device}.")
-        dtype = {
-            "dy": x.dtype,
-            "moments": wide(x),
-            "correction": wide(x),
-            "counts": wide(x),
-        }.get(name)
+        dtype = {"dy": x.dtype, "moments": wide(x), "correction": wide(x), "counts": wide(x)}.get(name)
         if dtype is not None and value.dtype not in ((dtype, torch.float64) if name == "moments" else (dtype,)):
             raise TypeError(f"{name} must be of {dtype}; received {value.dtype}.")
         if not value.is_floating_point():
@@ -260,7 +255,7 @@ def backward(
 def totals(x: Tensor, weights: Tensor | None, static: Static) -> Tensor:
     """Measure what replicas add up, as `algebra.totals` in float64."""
     x, view, kernel = layout.kernel(x, static.axes, None, static.epsilon)
-    found = torch.empty(2 + 2 * view.parameters, dtype=torch.float64, device=x.device)
+    found = torch.empty(2 + 2 * view.parameters, dtype=torch.float64, device=CPU)
     optional, weights = _weighed(weights, wide(x), static)
     optional.pop("zeroed", None)
     kernel.totals_at(threads=torch.get_num_threads(), x=_at("x", x), totals=_at("totals", found), **optional)
@@ -280,11 +275,9 @@ class Replica(NamedTuple):
 
     def totals_gradient(self, dy: Tensor, wanted: tuple[bool, bool]) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Compute what replicas add up, the gradient of the totals, and the gradients of factor and offset here."""
-        totals = torch.empty(2 + self.moments.numel(), dtype=torch.float64, device=dy.device)
+        totals = torch.empty(2 + self.moments.numel(), dtype=torch.float64, device=CPU)
         dtype, parameters = wide(self.x), self.moments.numel() // 2
-        dfactor, doffset = (
-            torch.empty(parameters, dtype=dtype, device=dy.device) if wants else None for wants in wanted
-        )
+        dfactor, doffset = (torch.empty(parameters, dtype=dtype, device=CPU) if wants else None for wants in wanted)
         self._call("totals_gradient_at", dy, totals, dfactor=_at("dfactor", dfactor), doffset=_at("doffset", doffset))
         return totals, dfactor, doffset
 

@@ -461,16 +461,7 @@ def _evaluate(
     if layout.is_eager():
         x = layout.with_gradients_in_format(x, form)
     y = core.infer(
-        xp,
-        x.to(layout.wide(x)),
-        plan,
-        eps,
-        mean,
-        variance,
-        gamma=weight,
-        beta=bias,
-        weights=weights,
-        masked="zero",
+        xp, x.to(layout.wide(x)), plan, eps, mean, variance, gamma=weight, beta=bias, weights=weights, masked="zero"
     )
     return Result(y.to(x.dtype).contiguous(memory_format=form), kernel)
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+from batchnorm import cpu
 from batchnorm.core.passes import COMPOSED
 from batchnorm.cpu import KERNEL
 from batchnorm.tensorflow import BatchNormalization, xla
@@ -26,6 +27,11 @@ OPTIONS: dict[str, dict[str, Any]] = {
 RNG = np.random.default_rng(0)
 X, DY = (RNG.normal(3, 2, SHAPE).astype("float32") for _ in range(2))
 needs_xla = pytest.mark.skipif(not xla.available(), reason="this TensorFlow lets nobody call from XLA")
+
+
+def test_the_kernels_are_there_where_they_were_built_and_tensorflow_lets_them() -> None:
+    release = tuple(int(part) for part in tf.__version__.split(".")[:2])
+    assert xla.available() == (cpu.binding("xla") is not None and release >= (2, 21))
 
 
 def _steps(

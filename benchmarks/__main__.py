@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import dataclasses
 import os
 import pathlib
 import platform
@@ -121,6 +122,9 @@ def measure(peers: Framework, options: argparse.Namespace, output: pathlib.Path,
         for case in progress.track(wanted, description=f"{options.framework}, memory {memory}"):
             found, floor = peers.contenders(case)
             check(case, found, peers)
+            if case.option != "plain":  # whose price is a ratio within one run, too
+                plain = peers.ours(dataclasses.replace(case, option="plain"))
+                found.append(dataclasses.replace(plain, name=report.PLAIN))
             peaks = [peak_megabytes(contender) if memory == RETURNED else None for contender in found]
             *taken, least = times([*found, floor], options.seconds)
             writer.writerows(_rows(case, memory, found, taken, peaks, least))

@@ -11,13 +11,15 @@ from typing import Any, NamedTuple
 
 from .memory import KEPT, RETURNED, THEIR_OWN
 
-__all__ = ["FIELDS", "Section", "chosen", "plot", "read", "sections", "update"]
+__all__ = ["FIELDS", "PLAIN", "Section", "chosen", "plot", "read", "sections", "update"]
 
 FIELDS = ("network", "shape", "layout", "dtype", "mode", "option", "memory", "megabytes", "kernel", "floor",
           "contender", "milliseconds", "peak_megabytes")  # fmt: skip
 MODES = ("forward", "step", "inference")
 MEMORY = {KEPT: "memory kept by the process", RETURNED: "memory returned to the system", THEIR_OWN: "its own memory"}
 
+PLAIN = "our plain layer"
+"""The contender beside each option of ours."""
 CHOSEN = (
     ("pytorch", "plain", "torch.nn", {"layout": "features first"}),
     ("pytorch", "plain", "torch.compile", {"layout": "features first"}),
@@ -91,12 +93,10 @@ def sections(rows: list[Row], peers: Sequence[str]) -> Iterator[Section]:
             ("a step of a whole network", [row for row in here if row["mode"] == "network"], ("network", "layout")),
         ):
             if some:
-                yield _section(f"{title}; {MEMORY.get(memory, memory)}", some, names, peers, _ours(here))
+                yield _section(f"{title}; {MEMORY.get(memory, memory)}", some, names, peers)
 
 
-def _section(
-    title: str, rows: list[Row], names: tuple[str, ...], peers: Sequence[str], ours: Mapping[tuple[Any, ...], Row]
-) -> Section:
+def _section(title: str, rows: list[Row], names: tuple[str, ...], peers: Sequence[str]) -> Section:
     groups: dict[str, list[Row]] = {}
     for row in rows:
         groups.setdefault(", ".join(row[name] for name in names), []).append(row)
@@ -105,8 +105,7 @@ def _section(
     }
 
     def beside_plain(some: list[Row]) -> list[float]:
-        pairs = ((row, ours.get((*key[:-1], "plain"))) for key, row in _ours(some).items() if key[-1] != "plain")
-        return [row["milliseconds"] / plain["milliseconds"] for row, plain in pairs if plain]
+        return [1 / ratio for ratio in _faster(some, PLAIN)]
 
     def above_floor(some: list[Row]) -> list[float]:
         mine = _ours(some).values()

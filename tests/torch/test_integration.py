@@ -22,11 +22,12 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call, grad, replace_all_batch_norm_modules_, stack_module_state, vmap
 from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torch.nn.utils.parametrize import register_parametrization
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
 
-from batchnorm.torch import BatchNorm, BatchNorm2d, ClippingSchedule
+from batchnorm.torch import BatchNorm, BatchNorm1d, BatchNorm2d, ClippingSchedule
 
 Make = functools.partial[Any]
 
@@ -257,6 +258,29 @@ def test_operators_are_what_they_say(name: str, form: str) -> None:
     for func, args, kwargs in recorder.calls:
         assert args[0].requires_grad
         torch.library.opcheck(func, args, kwargs)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("options", [{}, {"renorm": True}, {"fused": False}])
+def test_parameters_and_buffers_may_be_parametrized_or_plain_attributes(
+    options: dict[str, Any], training: bool
+) -> None:
+    class Doubled(nn.Module):
+        def forward(self, value: Tensor) -> Tensor:
+            return 2 * value
+
+    x = torch.randn(8, 3)
+    layer = BatchNorm1d(3, **options).train(training)
+    expected = copy.deepcopy(layer)
+    with torch.no_grad():
+        expected.weight.fill_(2)
+        assert expected.running_mean is not None
+        expected.running_mean.fill_(0.5)
+    register_parametrization(layer, "weight", Doubled())
+    del layer.running_mean
+    layer.running_mean = torch.full((3,), 0.5)
+    assert_close(layer(x), expected(x))
+    assert_close(layer.running_mean, expected.running_mean)
 
 
 # --- transformed ---

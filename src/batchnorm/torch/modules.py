@@ -209,36 +209,22 @@ class Layer(_BatchNorm):
         if type(input) is not Tensor and isinstance(input, fx.Proxy):
             return self._record(input, mask)
         self._check_input_dim(input)  # type: ignore[no-untyped-call]
+        state = self._state()
+        mean, variance, _, _, weight, bias = state
         if self._simple and mask is None and self.training and layout.is_eager() and functional.is_small(input):
-            return self._forward_small(input)
-        if mask is None and not self.training and self._torch_evaluates and self.running_mean is not None:
-            y = nn.functional.batch_norm(
-                layout.canonical(input),
-                self.running_mean,
-                self.running_var,
-                self.weight,
-                self.bias,
-                False,
-                0.0,
-                self.eps,
-            )
+            return self._forward_small(input, state)
+        if mask is None and not self.training and self._torch_evaluates and mean is not None:
+            y = nn.functional.batch_norm(layout.canonical(input), mean, variance, weight, bias, False, 0.0, self.eps)
             if not torch.compiler.is_compiling():
                 self.__dict__["kernel"] = functional.TORCH
             return y
         batches, momentum = self._counted()
-        renorm = self.training and self.running_mean is not None
+        renorm = self.training and mean is not None
         y, kernel, moved = functional.normalize(
             input,
             self.axes(input),
             self._asked if self.training else self._plain,
-            functional.State(
-                self.running_mean,
-                self.running_var,
-                self.renorm_mean if renorm else None,
-                self.renorm_stddev if renorm else None,
-                self.weight,
-                self.bias,
-            ),
+            state if renorm else state._replace(renorm_mean=None, renorm_stddev=None),
             functional.Step(
                 momentum,
                 self.eps,
@@ -246,7 +232,7 @@ class Layer(_BatchNorm):
                 self.renorm_momentum,
                 self.track_running_stats,
             ),
-            training=self.training or (self.running_mean is None and self.running_var is None),
+            training=self.training or (mean is None and variance is None),
             mask=mask,
             process_group=self.process_group,
         )
@@ -256,19 +242,25 @@ class Layer(_BatchNorm):
             self.__dict__["kernel"] = kernel  # by itself setting an attribute of a module takes microseconds
         return y
 
-    def _forward_small(self, input: Tensor) -> Tensor:
+    def _forward_small(self, input: Tensor, state: functional.State) -> Tensor:
         """Train plainly on few values, where microseconds count, as `functional.normalize` would."""
         batches, momentum = self._counted()
-        running_mean = running_var = None
-        if self.track_running_stats:
-            running_mean, running_var = self.running_mean, self.running_var
+        mean, variance, _, _, weight, bias = state
+        if not self.track_running_stats:
+            mean = variance = None
         y = nn.functional.batch_norm(
-            layout.canonical(input), running_mean, running_var, self.weight, self.bias, True, float(momentum), self.eps
+            layout.canonical(input), mean, variance, weight, bias, True, float(momentum), self.eps
         )
         if batches is not None:
             batches.add_(1)
         self.__dict__["kernel"] = functional.TORCH
         return y
+
+    def _state(self) -> functional.State:
+        """The tensors of the layer; each would take half a microsecond as an attribute, which a module searches for."""
+        found = {} if torch.compiler.is_compiling() else {**self._parameters, **self._buffers}
+        names = functional.State._fields  # and a parametrized one is an attribute only
+        return functional.State(*[found[name] if name in found else getattr(self, name) for name in names])
 
     def _counted(self) -> tuple[Tensor | None, Any]:
         """The counter of batches where it is to move, and the weight of the new value: with None, a plain average's."""

@@ -51,6 +51,22 @@ void moments_about(int64_t n, double count, const Value* origin, const double* s
   }
 }
 
+// Moves origins to the means that these sums say, where they are so far from these, beside the spread, that sums of
+// squares in float have lost it; not for what is rounding. Returns whether any has moved.
+template <class Value>
+bool approach(int64_t n, double count, const double* sum, const double* squares, Value* __restrict origin) {
+  constexpr double FAR = 64, ROUNDING = 0x1p-36;  // of squares
+  double inverse = count > 0 ? 1 / count : 0;
+  int64_t moved = 0;
+  for (int64_t c = 0; c < n; c++) {
+    double from = static_cast<double>(origin[c]), delta = sum[c] * inverse, square = delta * delta;
+    bool far = (square > FAR * (squares[c] * inverse - square)) & (square > ROUNDING * from * from);
+    origin[c] = far ? static_cast<Value>(from + delta) : origin[c];
+    moved += far;
+  }
+  return moved > 0;
+}
+
 // Renorm's r and d of n parameters from the i-th on.
 void correction(const Forward& p, int64_t i, int64_t n, const double* mean, const double* variance) {
   for (int64_t c = 0; c < n; c++) {

@@ -47,21 +47,37 @@ Arrays<E, N> arrays_of(const void* const (&in)[N], void* out) {
 
 // ---- Moments and sums.
 
-// Of one group's features of a part.
+// Sums over one group's features of a part, about an origin near the data: the mean of a few values or, where these
+// turn out to be unlike the others, that of all. `count` says of how many values the features of a group are.
+template <class Layout, class Count>
+void sums_about(const Layout& layout, const Arrays<typename Layout::Element, 1>& x, int64_t group, const Part& part,
+                const Count& count, typename Layout::Value* origin, double* sums, double* squares) {
+  Scratch scratch;
+  auto* center = scratch.take<typename Layout::Value>(layout.columns(part));
+  auto sum = [&] {
+    std::memcpy(center, origin, static_cast<size_t>(part.features()) * sizeof(*origin));
+    layout.spread(part, center);
+    layout.template sums<MomentsFormula>(x, group, part, center, sums, squares);
+  };
+  layout.origin(x, group, part, origin);
+  sum();
+  bool moved = false;
+  layout.each_count(part, group, [&](int64_t c, int64_t n, int64_t counted) {
+    moved = approach(n, count(counted), sums + c, squares + c, origin + c) || moved;
+  });
+  if (moved) sum();
+}
+
+// Moments of one group's features of a part.
 template <class Layout>
 void measure(const Layout& layout, const Arrays<typename Layout::Element, 1>& x, int64_t group, const Part& part,
              const Counts& counts, double* mean, double* variance) {
   if constexpr (Layout::FEW_ROWS)
     if (layout.few_rows(group)) return layout.few_rows_moments(x, group, part, mean, variance);
   Scratch scratch;
-  auto* origin = scratch.take<typename Layout::Value>(layout.columns(part));
+  auto* origin = scratch.take<typename Layout::Value>(part.features());
   Numbers<double, 2> sums(scratch, layout.columns(part));
-  layout.origin(x, group, part, origin);
-  // Spread in a copy of its own where columns are not features.
-  auto* center = scratch.take<typename Layout::Value>(layout.columns(part));
-  std::memcpy(center, origin, static_cast<size_t>(part.features()) * sizeof(*origin));
-  layout.spread(part, center);
-  layout.template sums<MomentsFormula>(x, group, part, center, sums.arrays[0], sums.arrays[1]);
+  sums_about(layout, x, group, part, counts, origin, sums.arrays[0], sums.arrays[1]);
   layout.each_count(part, group, [&](int64_t c, int64_t n, int64_t counted) {
     moments_about(n, counts(counted), origin + c, sums.arrays[0] + c, sums.arrays[1] + c, mean + c, variance + c);
   });
@@ -87,12 +103,10 @@ void measure_whole(const Layout& layout, const Arrays<typename Layout::Element, 
   Value* origins = scratch.take<Value>(layout.tasks * pieces.stride);
   double* counts = scratch.take<double>(layout.tasks);
   each_part(layout, [&](const Part& part, int64_t j) {
-    Value* origin = origins + j * pieces.stride;
+    int64_t at = j * pieces.stride;
     counts[j] = layout.count(part);
-    layout.origin(x, 0, part, origin);
-    layout.spread(part, origin);
-    layout.template sums<MomentsFormula>(x, 0, part, origin, pieces.firsts + j * pieces.stride,
-                                         pieces.seconds + j * pieces.stride);
+    auto count = [&](int64_t) { return counts[j]; };
+    sums_about(layout, x, 0, part, count, origins + at, pieces.firsts + at, pieces.seconds + at);
   });
   double inverse = 0;
   for (int64_t j = 0; j < layout.tasks; j++) inverse += counts[j];

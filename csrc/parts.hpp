@@ -10,7 +10,7 @@ namespace batchnorm {
 namespace {
 
 constexpr int64_t PLACES = 4;  // places in memory that are read in turn
-constexpr int64_t FIRST = 8;   // rows whose mean the others are measured from
+constexpr int64_t FIRST = 8;   // rows whose mean sums are measured from at first
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 

@@ -211,7 +211,6 @@ template <class E>
 struct VectorLanes {
   using V = typename E::Vector;
   static V load(const typename E::Stored* p) { return E::load(p); }
-  static void store(typename E::Stored* p, V v) { E::store(p, v); }
   static V values(const typename E::Value* p) { return load_bits<V>(p); }
   static V all(typename E::Value v) { return v - V{}; }  // subtracting zero keeps the sign of −0
   static void set_doubles(double* p, V v) { store_bits(p, __builtin_convertvector(v, Doubles)); }
@@ -223,7 +222,6 @@ template <class E>
 struct SingleLane {
   using V = typename E::Value;
   static V load(const typename E::Stored* p) { return E::load_single(p); }
-  static void store(typename E::Stored* p, V v) { E::store_single(p, v); }
   static V values(const typename E::Value* p) { return *p; }
   static V all(typename E::Value v) { return v; }
   static void set_doubles(double* p, V v) { *p = static_cast<double>(v); }

@@ -298,8 +298,11 @@ def test_the_output_stays_right_where_the_mean_is_large_beside_the_spread(layout
     check(forward(view, x).y, expected, 5e-6, 1.0)
 
 
+FIRST = [0.0, -1e4, 1e5]
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("first", [0.0, -1e4, 1e5])
+@pytest.mark.parametrize("first", FIRST)
 def test_a_first_part_unlike_the_rest_does_not_spoil_the_variance(layout: str, first: float) -> None:
     # The first values say what sums are measured from. Where a hundredth of all is far away the variance is large,
     # and rounding is to be small beside that.
@@ -310,6 +313,25 @@ def test_a_first_part_unlike_the_rest_does_not_spoil_the_variance(layout: str, f
     found = moments(view, x, np.float64)
     np.testing.assert_allclose(found[0], mean, rtol=1e-6)
     np.testing.assert_allclose(found[1], variance, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("first", FIRST)
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_few_first_values_unlike_the_rest_do_not_spoil_the_variance(layout: str, first: float, masked: bool) -> None:
+    # They are all that sums are measured from at first. The rest is one number, so that nothing is rounded at random.
+    view = LAYOUTS[layout]
+    values = np.full((view.rows, view.features, view.inner), 1.1e4, np.float32)
+    group = np.arange(view.rows) // view.span % view.groups
+    for g in range(view.groups):
+        values[np.flatnonzero(group == g)[: 1 if view.inner > 64 else 8], :, :64] = first
+    x = values.reshape(-1)
+    expected, spread = measured(x, view)
+    mean, variance = np.empty(view.statistics), np.empty(view.statistics)
+    mask = np.ones(view.rows * view.inner, bool) if masked else None
+    kernel(view, x.dtype).moments(x=x, mean=mean, variance=variance, mask=mask)
+    np.testing.assert_allclose(mean, expected, rtol=1e-7)
+    np.testing.assert_allclose(variance, spread, rtol=4e-5)
 
 
 @pytest.mark.parametrize(

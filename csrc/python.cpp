@@ -42,6 +42,11 @@ Type type_named(const std::string& name) {
   refuse("dtype must be float32, float64, float16 or bfloat16; received " + name);
 }
 
+int thread_count(int64_t threads) {
+  if (threads < 1) refuse("threads must be at least 1; received " + std::to_string(threads));
+  return static_cast<int>(threads < INT_MAX ? threads : INT_MAX);
+}
+
 // bfloat16 has no code in the buffer protocol, so its arrays come as unsigned 16-bit integers.
 nb::dlpack::dtype element_of(Type type) {
   switch (type) {
@@ -97,7 +102,7 @@ class Checked {
     return array.data();
   }
   Values numbers(const In& array, int64_t count, const char* name) {
-    size(array.size(), count, name);
+    size(array, count, name);
     note(extent(array));
     return {const_cast<void*>(static_cast<const void*>(array.data())), doubles(array.dtype(), name)};
   }
@@ -116,12 +121,12 @@ class Checked {
     }
     if (mask->dtype() != nb::dtype<bool>() && mask->dtype() != nb::dtype<uint8_t>())
       refuse_type("mask must be bool or uint8");
-    size(mask->size(), kernel_.view.positions(), "mask");
+    size(*mask, kernel_.view.positions(), "mask");
     note(extent(*mask));
     return {mask->data(), Weights::bytes, zeroed};
   }
   Values written_numbers(const Out& array, int64_t count, const char* name) {
-    size(array.size(), count, name);
+    size(array, count, name);
     written(extent(array), name);
     return {array.data(), doubles(array.dtype(), name)};
   }
@@ -143,12 +148,14 @@ class Checked {
     if (array.dtype() != element_of(kernel_.type))
       refuse_type(std::string(name) + " must be " + TYPES[static_cast<int>(kernel_.type)] +
                   (kernel_.type == Type::bfloat16 ? " as uint16" : ""));
-    size(array.size(), kernel_.view.size(), name);
+    size(array, kernel_.view.size(), name);
   }
-  static void size(size_t received, int64_t expected, const char* name) {
-    if (static_cast<int64_t>(received) != expected)
+  template <class Array>
+  static void size(const Array& array, int64_t expected, const char* name) {
+    if (static_cast<int64_t>(array.size()) != expected)
       refuse(std::string(name) + " must have " + std::to_string(expected) + " elements; received " +
-             std::to_string(received));
+             std::to_string(array.size()));
+    if (expected > 0 && array.data() == nullptr) refuse(std::string(name) + " has no memory");
   }
   static bool doubles(nb::dlpack::dtype type, const char* name) {
     if (type == nb::dtype<double>()) return true;
@@ -282,7 +289,7 @@ void backward(const Kernel& kernel, const In& x, const In& dy, const Out& dx, co
   p.r = checked.numbers(r, parameters, "r");
   p.d = checked.numbers(d, parameters, "d");
   p.weights = checked.weights(mask, weights, zeroed);
-  if (count.has_value() != static_cast<bool>(p.weights)) refuse("count goes with mask or weights");
+  if (count.has_value() != (mask || weights)) refuse("count goes with mask or weights");
   p.count = checked.numbers(count, kernel.view.virtual_batches(), "count");
   p.dx = checked.written_values(dx, "dx");
   p.dfactor = checked.written_numbers(dfactor, parameters, "dfactor");
@@ -351,6 +358,10 @@ void* address(uintptr_t value, bool needed, const char* name) {
   if (needed && value == 0) refuse(std::string(name) + " has no memory");
   return reinterpret_cast<void*>(value);
 }
+Values numbers_at(const Kernel& kernel, uintptr_t value, bool needed, const char* name) {
+  return {address(value, needed, name), kernel.doubles()};
+}
+Values moments_at(uintptr_t value, const char* name) { return {address(value, true, name), true}; }
 
 Weights weights_at(const Kernel& kernel, uintptr_t mask, uintptr_t weights, bool zeroed) {
   if (mask && weights) refuse("mask and weights exclude each other");
@@ -359,10 +370,7 @@ Weights weights_at(const Kernel& kernel, uintptr_t mask, uintptr_t weights, bool
   return {reinterpret_cast<const void*>(mask ? mask : weights), kind, zeroed};
 }
 
-Team team_of(int64_t threads) {
-  if (threads < 1) refuse("threads must be at least 1; received " + std::to_string(threads));
-  return Team(openmp, static_cast<int>(threads < INT_MAX ? threads : INT_MAX));
-}
+Team team_of(int64_t threads) { return Team(openmp, thread_count(threads)); }
 
 // What replicas add up; of whole batches. See replicas.hpp.
 Totals totals_of(const Kernel& kernel, uintptr_t totals) {
@@ -376,22 +384,19 @@ bool forward_at(const Kernel& kernel, int64_t threads, uintptr_t x, uintptr_t y,
                 uintptr_t d, double rmin, double rmax, double dmax, uintptr_t running_mean, uintptr_t running_variance,
                 double momentum, bool unbiased, bool skip_nonfinite, double renorm_momentum, uintptr_t mask,
                 uintptr_t weights, bool zeroed, uintptr_t count, uintptr_t square_count, uintptr_t totals) {
-  auto numbers = [&](uintptr_t value, bool needed, const char* name) {
-    return Values{address(value, needed, name), kernel.doubles()};
-  };
   bool values = kernel.view.size() > 0, renorm = renorm_mean || renorm_stddev || r || d;
   auto p = kernel.operation<Forward>();
   p.epsilon = kernel.epsilon;
   p.x = address(x, values, "x");
   p.y = address(y, values, "y");
-  p.mean = {address(mean, true, "mean"), true};
-  p.variance = {address(variance, true, "variance"), true};
-  p.factor = numbers(factor, false, "factor");
-  p.offset = numbers(offset, false, "offset");
-  p.renorm_mean = numbers(renorm_mean, renorm, "renorm_mean");
-  p.renorm_stddev = numbers(renorm_stddev, renorm, "renorm_stddev");
-  p.r = numbers(r, renorm, "r");
-  p.d = numbers(d, renorm, "d");
+  p.mean = moments_at(mean, "mean");
+  p.variance = moments_at(variance, "variance");
+  p.factor = numbers_at(kernel, factor, false, "factor");
+  p.offset = numbers_at(kernel, offset, false, "offset");
+  p.renorm_mean = numbers_at(kernel, renorm_mean, renorm, "renorm_mean");
+  p.renorm_stddev = numbers_at(kernel, renorm_stddev, renorm, "renorm_stddev");
+  p.r = numbers_at(kernel, r, renorm, "r");
+  p.d = numbers_at(kernel, d, renorm, "d");
   p.rmin = rmin;
   p.rmax = rmax;
   p.dmax = dmax;
@@ -400,10 +405,10 @@ bool forward_at(const Kernel& kernel, int64_t threads, uintptr_t x, uintptr_t y,
   bool weighed = static_cast<bool>(p.weights) || totals;
   averages.mean = p.mean;
   averages.variance = p.variance;
-  averages.count = p.count = numbers(count, weighed, "count");
-  averages.square_count = p.square_count = numbers(square_count, weighed, "square_count");
-  averages.running_mean = numbers(running_mean, false, "running_mean");
-  averages.running_variance = numbers(running_variance, false, "running_variance");
+  averages.count = p.count = numbers_at(kernel, count, weighed, "count");
+  averages.square_count = p.square_count = numbers_at(kernel, square_count, weighed, "square_count");
+  averages.running_mean = numbers_at(kernel, running_mean, false, "running_mean");
+  averages.running_variance = numbers_at(kernel, running_variance, false, "running_variance");
   averages.renorm_mean = p.renorm_mean;
   averages.renorm_stddev = p.renorm_stddev;
   Team team = team_of(threads);
@@ -419,24 +424,21 @@ bool forward_at(const Kernel& kernel, int64_t threads, uintptr_t x, uintptr_t y,
 void backward_at(const Kernel& kernel, int64_t threads, uintptr_t x, uintptr_t dy, uintptr_t dx, uintptr_t mean,
                  uintptr_t variance, uintptr_t factor, uintptr_t r, uintptr_t d, uintptr_t dfactor, uintptr_t doffset,
                  uintptr_t mask, uintptr_t weights, bool zeroed, uintptr_t count) {
-  auto numbers = [&](uintptr_t value, bool needed, const char* name) {
-    return Values{address(value, needed, name), kernel.doubles()};
-  };
   bool values = kernel.view.size() > 0, renorm = r || d;
   auto p = kernel.operation<Backward>();
   p.epsilon = kernel.epsilon;
   p.x = address(x, values, "x");
   p.dy = address(dy, values, "dy");
   p.dx = address(dx, values, "dx");
-  p.mean = {address(mean, true, "mean"), true};
-  p.variance = {address(variance, true, "variance"), true};
-  p.factor = numbers(factor, false, "factor");
-  p.r = numbers(r, renorm, "r");
-  p.d = numbers(d, renorm, "d");
-  p.dfactor = numbers(dfactor, false, "dfactor");
-  p.doffset = numbers(doffset, false, "doffset");
+  p.mean = moments_at(mean, "mean");
+  p.variance = moments_at(variance, "variance");
+  p.factor = numbers_at(kernel, factor, false, "factor");
+  p.r = numbers_at(kernel, r, renorm, "r");
+  p.d = numbers_at(kernel, d, renorm, "d");
+  p.dfactor = numbers_at(kernel, dfactor, false, "dfactor");
+  p.doffset = numbers_at(kernel, doffset, false, "doffset");
   p.weights = weights_at(kernel, mask, weights, zeroed);
-  p.count = numbers(count, static_cast<bool>(p.weights), "count");
+  p.count = numbers_at(kernel, count, static_cast<bool>(p.weights), "count");
   Team team = team_of(threads);
   call(kernels().backward, p);
 }
@@ -461,17 +463,14 @@ void totals_at(const Kernel& kernel, int64_t threads, uintptr_t x, uintptr_t tot
 Replica replica_of(const Kernel& kernel, uintptr_t mean, uintptr_t variance, uintptr_t count, uintptr_t factor,
                    uintptr_t r, uintptr_t d) {
   bool renorm = r || d;
-  auto numbers = [&](uintptr_t value, bool needed, const char* name) {
-    return Values{address(value, needed, name), kernel.doubles()};
-  };
   return {kernel.doubles(),
           kernel.epsilon,
-          {address(mean, true, "mean"), true},
-          {address(variance, true, "variance"), true},
-          numbers(count, true, "count"),
-          numbers(factor, false, "factor"),
-          numbers(r, renorm, "r"),
-          numbers(d, renorm, "d")};
+          moments_at(mean, "mean"),
+          moments_at(variance, "variance"),
+          numbers_at(kernel, count, true, "count"),
+          numbers_at(kernel, factor, false, "factor"),
+          numbers_at(kernel, r, renorm, "r"),
+          numbers_at(kernel, d, renorm, "d")};
 }
 
 void totals_gradient_at(const Kernel& kernel, int64_t threads, uintptr_t x, uintptr_t dy, uintptr_t mean,
@@ -490,8 +489,7 @@ void totals_gradient_at(const Kernel& kernel, int64_t threads, uintptr_t x, uint
   p.weights = weights_at(kernel, mask, weights, zeroed);
   Team team = team_of(threads);
   call(kernels().gradient_sums, p);
-  replica.to_gradient(t, {address(dfactor, false, "dfactor"), kernel.doubles()},
-                      {address(doffset, false, "doffset"), kernel.doubles()});
+  replica.to_gradient(t, numbers_at(kernel, dfactor, false, "dfactor"), numbers_at(kernel, doffset, false, "doffset"));
 }
 
 void totals_combine_at(const Kernel& kernel, int64_t threads, uintptr_t x, uintptr_t dy, uintptr_t dx, uintptr_t mean,
@@ -592,13 +590,7 @@ NB_MODULE(_cpu, m) {
 
   m.def("instruction_set", [] { return std::string(kernels().name); });
   m.def("num_threads", &num_threads);
-  m.def(
-      "set_num_threads",
-      [](int64_t threads) {
-        if (threads < 1) refuse("threads must be at least 1; received " + std::to_string(threads));
-        set_num_threads(static_cast<int>(threads < INT_MAX ? threads : INT_MAX));
-      },
-      arg("threads"));
+  m.def("set_num_threads", [](int64_t threads) { set_num_threads(thread_count(threads)); }, arg("threads"));
   m.def("processors", [](const std::string& root) { return processors(root); }, arg("root") = "");
   m.def("use_openmp", [](uintptr_t address) { openmp = reinterpret_cast<OpenMP>(address); }, arg("address"));
 }

@@ -241,6 +241,30 @@ def test_an_output_that_overlaps_another_array_is_a_value_error(operation: str, 
         call(operation, given)
 
 
+@pytest.mark.parametrize(("operation", "name"), ARRAYS)
+def test_an_array_whose_memory_is_gone_is_a_value_error(operation: str, name: str) -> None:
+    torch = pytest.importorskip("torch")
+    gone = torch.zeros(arguments(operation)[name].size)
+    gone.untyped_storage().resize_(0)
+    refuses(ValueError, operation, {**arguments(operation), name: gone}, f"^{name} has no memory")
+
+
+def test_a_mask_of_no_rows_needs_no_memory_to_be_one() -> None:
+    torch = pytest.importorskip("torch")
+    nothing, mask = np.zeros(0, np.float32), torch.zeros(0, dtype=torch.bool)
+    assert mask.data_ptr() == 0
+    count, mean, variance = np.full(2, 7.0), *np.full((2, 8), 7.0)
+    of = kernel(VIEW._replace(rows=0), TYPES[0])
+    of.forward(x=nothing, y=nothing.copy(), mean=mean, variance=variance, mask=mask, zeroed=True, count=count)
+    assert not np.concatenate([count, mean, variance]).any()
+    gradient = np.full(4, 7.0)
+    of.backward(
+        x=nothing, dy=nothing.copy(), dx=nothing.copy(), mean=mean, variance=variance, doffset=gradient, mask=mask,
+        zeroed=True, count=count,
+    )  # fmt: skip
+    assert not gradient.any()
+
+
 @pytest.mark.parametrize(
     ("operation", "names"), [("forward", ["renorm_mean", "renorm_stddev", "r", "d"]), ("backward", ["r", "d"])]
 )

@@ -1,17 +1,14 @@
-"""The NumPy layer: masks, weights, uneven virtual batches, and what moves, beside loops in float64."""
+"""Masks and weights, beside loops in float64."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pytest
 
 from batchnorm.numpy import BatchNormalization
 from tests.oracle import Oracle
-
-Array = npt.NDArray[Any]
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -117,30 +114,6 @@ def test_inference_has_the_gradients_of_finite_differences_under_a_mask() -> Non
     np.testing.assert_allclose(found.beta, dy[mask].sum(0))
 
 
-@pytest.mark.parametrize("dtype", [np.float32, np.float64])
-@pytest.mark.parametrize("options", [{}, {"fused": False}, {"renorm": True}, {"virtual_batch_size": 4}], ids=str)
-def test_features_that_are_not_finite_keep_their_averages_and_others_move(options: dict[str, Any], dtype: Any) -> None:
-    x = np.random.default_rng(0).normal(3.0, 1.0, (16, 3)).astype(dtype)
-    layer, twin = BatchNormalization(skip_nonfinite=True, **options), BatchNormalization(**options)
-    layer(x, training=True)
-    twin(x, training=True)
-    before = {name: value.copy() for name, value in layer.variables.items()}
-    for name, value in twin.variables.items():
-        np.testing.assert_allclose(before[name], value, rtol=1e-6)
-    x[5, 1] = np.inf
-    with np.errstate(invalid="ignore"):
-        y = layer(x, training=True)
-        twin(x, training=True)
-    assert np.isfinite(y[:, [0, 2]]).all()
-    for name, value in layer.variables.items():
-        if name in ("gamma", "beta"):
-            continue
-        assert (value[..., 1] == before[name][..., 1]).all()
-        assert not np.isfinite(twin.variables[name][..., 1]).any()
-        np.testing.assert_allclose(value[..., [0, 2]], twin.variables[name][..., [0, 2]], rtol=1e-6)
-        assert (value[..., [0, 2]] != before[name][..., [0, 2]]).all()
-
-
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize(
     ("mask", "error", "message"),
@@ -159,35 +132,3 @@ def test_a_mask_that_does_not_fit_is_refused_and_makes_nothing(
     with pytest.raises(error, match=message):
         layer(np.ones((8, 3)), training, mask)
     assert layer.variables == {}
-
-
-@pytest.mark.parametrize("name", ["gamma", "moving_mean"])
-def test_variables_in_another_order_of_memory_are_taken(name: str) -> None:
-    # Of two axes variables have shape (1, 5, 3), which Fortran's order and broadcasting lay out otherwise.
-    x = np.random.default_rng(0).normal(size=(4, 5, 3)).astype(np.float32)
-    value = np.asfortranarray(np.arange(15.0, dtype=np.float32).reshape(1, 5, 3))
-    layer, twin = (BatchNormalization(axis=[1, 2]) for _ in range(2))
-    for each, given in ((layer, value), (twin, np.ascontiguousarray(value))):
-        each.build(x.shape)
-        each.load({**each.variables, name: given})
-    np.testing.assert_array_equal(layer(x, training=True), twin(x, training=True))
-    rows = BatchNormalization(
-        axis=[1, 2], gamma_initializer=np.arange(1.0, 4.0), gamma_constraint=lambda g: np.broadcast_to(2.0, g.shape)
-    )
-    assert rows(x, training=True).shape == x.shape
-    rows.constrain()
-    assert rows(x, training=True).shape == x.shape
-    wrong = BatchNormalization(gamma_constraint=lambda gamma: np.array(2.0))
-    wrong(x)
-    with pytest.raises(ValueError, match=r"gamma must have shape \(3,\); received shape \(\)"):
-        wrong.constrain()
-
-
-def test_an_adjustment_that_repeats_one_number_is_taken() -> None:
-    x = np.random.default_rng(0).normal(size=(8, 3))
-    layer = BatchNormalization(
-        scale=False, adjustment=lambda shape: (np.broadcast_to(1.5, (3,)), np.broadcast_to(0.5, (3,)))
-    )
-    plain = BatchNormalization(scale=False)
-    np.testing.assert_allclose(layer(x, training=True), 1.5 * plain(x, training=True) + 0.5)
-    assert layer.kernel == plain.kernel

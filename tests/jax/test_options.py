@@ -234,6 +234,16 @@ def test_statistics_of_plain_layers_get_renorm_and_lose_it_at_any_depth() -> Non
     assert set(without_renorm(found)["block"]["norm"]) == {"mean", "var"}
 
 
+@pytest.mark.filterwarnings("ignore:Some donated buffers were not usable")
+def test_statistics_that_got_renorm_may_be_donated() -> None:
+    parameters, statistics = init(3)
+    x = np.random.default_rng(0).normal(size=(8, 3)).astype(np.float32)
+    expected = batch_norm(x, parameters, with_renorm(statistics), training=True)[1]
+    step = jax.jit(lambda statistics: batch_norm(x, parameters, statistics, training=True)[1], donate_argnums=0)
+    for name, value in step(with_renorm(statistics)).items():
+        np.testing.assert_allclose(value, expected[name], atol=1e-6)
+
+
 GOOD = np.ones((4, 3), np.float32)
 BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"x": np.ones((4, 3), np.int32)}, TypeError, "x must be of a floating-point type; received int32"),

@@ -207,7 +207,7 @@ def with_renorm(statistics: Any, epsilon: float = 1e-5) -> Any:
     if not {"mean", "var"} <= set(statistics):
         return {name: with_renorm(value, epsilon) for name, value in statistics.items()}
     found = {name: value for name, value in statistics.items() if name not in ("r_max", "d_max")}
-    found.setdefault("renorm_mean", found["mean"])
+    found.setdefault("renorm_mean", jnp.array(found["mean"]))  # of its own, as one array cannot be donated twice
     found.setdefault("renorm_stddev", algebra.stddev(xp, found["var"], epsilon))
     return found
 

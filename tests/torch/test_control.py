@@ -228,7 +228,15 @@ def test_a_recalibration_that_fails_or_sees_nothing_changes_nothing(make: Any) -
     assert not layer._forward_pre_hooks
 
 
-@pytest.mark.parametrize("call", [lambda: hold("x").__enter__(), lambda: unfreeze("x"), lambda: recalibrate("x", [])])  # type: ignore[type-var]
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: hold("x").__enter__(),  # type: ignore[type-var]
+        lambda: freeze("x"),  # type: ignore[type-var]
+        lambda: unfreeze("x"),  # type: ignore[type-var]
+        lambda: recalibrate("x", []),  # type: ignore[type-var]
+    ],
+)
 def test_what_is_no_model_is_refused(call: Any) -> None:
     with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module; received 'x' of type str"):
         call()

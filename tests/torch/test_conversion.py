@@ -366,6 +366,12 @@ def test_bad_options_are_named_and_change_nothing(of: str, options: dict[str, An
     assert not any(getattr(one, "renorm", False) for one in modules)
 
 
+@pytest.mark.parametrize("change", [convert, revert])
+def test_what_is_no_module_is_refused(change: Any) -> None:
+    with pytest.raises(TypeError, match=r"^module must be a torch\.nn\.Module; received 'x' of type str\.$"):
+        change("x")
+
+
 # --- state dicts ---
 
 

@@ -42,7 +42,7 @@ def hold(model: Model) -> Iterator[Model]:
     >>> layer.running_mean, int(layer.num_batches_tracked)
     (tensor([0., 0.]), 0)
     """
-    tracking = [layer for layer in _layers(model) if layer.track_running_stats]
+    tracking = [layer for layer in _layers(model).values() if layer.track_running_stats]
     try:
         for layer in tracking:
             layer.track_running_stats = False
@@ -65,13 +65,14 @@ def freeze(model: Model) -> Model:
         The model.
 
     Raises:
+        TypeError: If it is no module.
         ValueError: If a layer has no running statistics to normalize by. Then none is frozen.
 
     >>> layer = freeze(nn.BatchNorm1d(2)).train()
     >>> layer(torch.ones(1, 2)).round(decimals=2)
     tensor([[1., 1.]], grad_fn=<RoundBackward1>)
     """
-    found = {name: layer for name, layer in model.named_modules() if isinstance(layer, _BatchNorm)}
+    found = _layers(model)
     for name, layer in found.items():
         if layer.running_mean is None or layer.running_var is None:
             raise ValueError(
@@ -91,7 +92,7 @@ def unfreeze(model: Model) -> Model:
     >>> unfreeze(freeze(nn.Sequential(nn.BatchNorm1d(2))))[0].training
     True
     """
-    for layer in _layers(model):
+    for layer in _layers(model).values():
         if is_frozen(layer):
             for key, hook in list(layer._forward_pre_hooks.items()):
                 if hook is _evaluate:
@@ -110,10 +111,11 @@ def _evaluate(layer: nn.Module, _: Any) -> None:
         layer.eval()
 
 
-def _layers(model: nn.Module) -> list[_BatchNorm]:
+def _layers(model: nn.Module) -> dict[str, _BatchNorm]:
+    """The batch normalization layers of a model, by name."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module; {received(model)}.")
-    return [layer for layer in model.modules() if isinstance(layer, _BatchNorm)]
+    return {name: layer for name, layer in model.named_modules() if isinstance(layer, _BatchNorm)}
 
 
 # ---- Statistics anew.
@@ -150,7 +152,7 @@ def recalibrate(
     >>> recalibrate(layer, [torch.tensor([[1.0], [2.0]]), torch.tensor([[6.0], [7.0]])]).running_mean
     tensor([4.])
     """
-    gathered = {layer: _Gathered() for layer in _layers(model) if layer.running_mean is not None}
+    gathered = {layer: _Gathered() for layer in _layers(model).values() if layer.running_mean is not None}
     gathered = {layer: into for layer, into in gathered.items() if not is_frozen(layer)}
     modes = {layer: layer.training for layer in gathered}
     handles = [

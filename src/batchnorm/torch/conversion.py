@@ -62,7 +62,7 @@ def convert(module: nn.Module, **options: Any) -> nn.Module:
     if unknown:
         raise TypeError(f"options must be among {list(OPTIONS)}; received {unknown}.")
     if not isinstance(module, nn.Module):
-        raise TypeError(f"module must be a torch.nn.Module; received {received(module)}.")
+        raise TypeError(f"module must be a torch.nn.Module; {received(module)}.")
     found = [layer for layer in module.modules() if type(layer) in OURS]
     wanted = [_wanted(layer, options) for layer in found]  # all of them are checked before any is replaced
     _warn(
@@ -100,7 +100,7 @@ def revert(module: nn.Module) -> nn.Module:
     True
     """
     if not isinstance(module, nn.Module):
-        raise TypeError(f"module must be a torch.nn.Module; received {received(module)}.")
+        raise TypeError(f"module must be a torch.nn.Module; {received(module)}.")
     named = {name: layer for name, layer in module.named_modules() if isinstance(layer, Layer)}
     _warn("not reverted", {name: layer for name, layer in named.items() if _their_class(layer) is None})
     reverted: nn.Module = _replace(

@@ -3,6 +3,7 @@
 Import the layer in the dialect of your framework::
 
     from batchnorm.tensorflow import BatchNormalization
+    from batchnorm.keras import BatchNormalization
     from batchnorm.torch import BatchNorm2d
     from batchnorm.flax import BatchNorm
     from batchnorm.jax import batch_norm

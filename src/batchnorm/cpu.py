@@ -85,7 +85,7 @@ _asked: int | None = None
 
 
 def num_threads() -> int:
-    """How many threads a call on NumPy or TensorFlow may use.
+    """How many threads a call on NumPy, TensorFlow or JAX may use.
 
     What was set last, else ``OMP_NUM_THREADS``, else the number of processors that the process may use: by its
     affinity, which the sets of containers narrow, and by the quota of its control group, rounded up.
@@ -96,7 +96,7 @@ def num_threads() -> int:
 
 
 def set_num_threads(threads: int) -> None:
-    """Set how many threads a call on NumPy or TensorFlow may use, the calling one among them.
+    """Set how many threads a call on NumPy, TensorFlow or JAX may use, the calling one among them.
 
     More than 1,024 count as 1,024. Calls on PyTorch use as many as ``torch.set_num_threads`` says.
 

@@ -332,4 +332,4 @@ def test_seeds_must_be_positive(seeds: str, capsys: pytest.CaptureFixture[str]) 
     with pytest.raises(SystemExit) as stop:
         demo.main(["--seeds", seeds])
     assert stop.value.code == 2
-    assert "--seeds" in capsys.readouterr().err
+    assert f"--seeds: must be an int that is at least 1; received '{seeds}'" in capsys.readouterr().err

@@ -99,10 +99,9 @@ def _parser(prog: str) -> argparse.ArgumentParser:
 
 
 def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1; received {value}")
-    return value
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be an int that is at least 1; received {text!r}")
+    return int(text)
 
 
 def _framework(name: str) -> Run:
@@ -117,14 +116,14 @@ def _framework(name: str) -> Run:
 def _silence() -> Iterator[None]:
     """Discard what libraries write to the standard error stream, past Python and before any log level holds."""
     sys.stderr.flush()
-    kept = os.dup(2)
+    stream = os.dup(2)
     try:
         with open(os.devnull, "wb") as nothing:
             os.dup2(nothing.fileno(), 2)
         yield
     finally:
-        os.dup2(kept, 2)
-        os.close(kept)
+        os.dup2(stream, 2)
+        os.close(stream)
 
 
 def _measure(run: Run, comparisons: Sequence[Comparison], digits: Digits, seeds: int) -> list[Result]:
@@ -149,7 +148,10 @@ def _measure(run: Run, comparisons: Sequence[Comparison], digits: Digits, seeds:
             return Outcome(experiment, tuple(curve.result() for curve in jobs[comparison, experiment]))
 
         try:
-            return [Result(one, tuple(outcome(one, each) for each in one.experiments)) for one in comparisons]
+            return [
+                Result(comparison, tuple(outcome(comparison, experiment) for experiment in comparison.experiments))
+                for comparison in comparisons
+            ]
         except BaseException:  # let the runs under way end, and start no other
             pool.shutdown(wait=False, cancel_futures=True)
             raise

@@ -60,7 +60,7 @@ def iid(labels: NDArray[np.int64], batch_size: int, rng: np.random.Generator) ->
 
 def two_classes(labels: NDArray[np.int64], batch_size: int, rng: np.random.Generator) -> Iterator[NDArray[np.intp]]:
     """Draw two classes for each batch, and half of its samples from each; any two are as likely as any others."""
-    members = [np.flatnonzero(labels == one) for one in np.unique(labels)]
+    members = [np.flatnonzero(labels == label) for label in np.unique(labels)]
     while True:
         first, second = rng.choice(len(members), size=2, replace=False)
         half = batch_size // 2

@@ -220,7 +220,9 @@ def quick(comparisons: Sequence[Comparison]) -> tuple[Comparison, ...]:
     return tuple(
         dataclasses.replace(
             comparison,
-            experiments=tuple(dataclasses.replace(one, steps=2, evaluations=2) for one in comparison.experiments),
+            experiments=tuple(
+                dataclasses.replace(experiment, steps=2, evaluations=2) for experiment in comparison.experiments
+            ),
         )
         for comparison in comparisons
     )
@@ -250,7 +252,8 @@ class Curve:
 
     def reached(self, target: float = TARGET) -> int | None:
         """The first step at which an accuracy was reached, or None."""
-        return next((step for step, one in zip(self.steps, self.accuracy, strict=True) if one >= target), None)
+        points = zip(self.steps, self.accuracy, strict=True)
+        return next((step for step, accuracy in points if accuracy >= target), None)
 
 
 Run = Callable[[Experiment, "Digits", int, Callable[[int], None]], Curve]

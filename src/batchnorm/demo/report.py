@@ -41,9 +41,13 @@ _PERCENT = f"{TARGET:.0%}".replace("%", " %")
 
 def announce(comparisons: Sequence[Comparison], seeds: int, framework: str) -> None:
     """Say what is about to be run."""
-    runs = seeds * sum(len(one.experiments) for one in comparisons)
+    runs = _runs(comparisons, seeds)
     times = "once" if seeds == 1 else f"with {seeds} seeds"
     _console().print(f"Training {runs} networks on {framework}: {runs // seeds} experiments, each {times}.")
+
+
+def _runs(comparisons: Sequence[Comparison], seeds: int) -> int:
+    return seeds * sum(len(comparison.experiments) for comparison in comparisons)
 
 
 class Progress:
@@ -63,12 +67,11 @@ class Progress:
             console=_console(),
             transient=True,
         )
-        runs = seeds * sum(len(one.experiments) for one in comparisons)
-        self._all = self._bars.add_task("[bold]All", total=runs, unit="runs")
-        self._tasks = {
-            one: self._bars.add_task(one.title, total=seeds * sum(each.steps for each in one.experiments), unit="steps")
-            for one in comparisons
-        }
+        self._all = self._bars.add_task("[bold]All", total=_runs(comparisons, seeds), unit="runs")
+        self._tasks = {}
+        for comparison in comparisons:
+            steps = seeds * sum(experiment.steps for experiment in comparison.experiments)
+            self._tasks[comparison] = self._bars.add_task(comparison.title, total=steps, unit="steps")
 
     def __enter__(self) -> Progress:
         self._bars.start()
@@ -136,7 +139,7 @@ def facts(results: Sequence[Result]) -> list[str]:
     sentences = _sweep_facts([result for result in results if result.comparison.sweep])
     for result in results:
         if not result.comparison.sweep:
-            sentences += [f"{result.comparison.title}: {_against(one, result)}" for one in result.outcomes[1:]]
+            sentences += [f"{result.comparison.title}: {_against(outcome, result)}" for outcome in result.outcomes[1:]]
     return sentences
 
 
@@ -145,11 +148,11 @@ def _sweep_facts(sweep: Sequence[Result]) -> list[str]:
     best: dict[str, tuple[Measured, float]] = {}
     for outcomes in zip(*(result.outcomes for result in sweep), strict=True):
         method = outcomes[0].experiment.method
-        arrived = [(one.steps_to_target, one.experiment.learning_rate) for one in outcomes]
+        arrived = [(outcome.steps_to_target, outcome.experiment.learning_rate) for outcome in outcomes]
         reached = [(steps, rate) for steps, rate in arrived if steps is not None]
         rates.append(f"{', '.join(f'{rate:g}' for _, rate in reached) or 'none'} ({method})")
         if reached:
-            best[method] = min(reached, key=lambda one: one[0].mean)
+            best[method] = min(reached, key=lambda found: found[0].mean)
     sentences = []
     if rates:
         sentences.append(f"Learning rates at which every run reached {_PERCENT}: {'; '.join(rates)}.")
@@ -157,9 +160,9 @@ def _sweep_facts(sweep: Sequence[Result]) -> list[str]:
         words = [f"{steps:.0f} ({method}, learning rate {rate:g})" for method, (steps, rate) in best.items()]
         sentences.append(f"Fewest steps to {_PERCENT}: {'; '.join(words)}.")
     if len(best) == 2:
-        (one, (slow, _)), (other, (fast, _)) = best.items()
+        (first, (slow, _)), (second, (fast, _)) = best.items()
         sentences.append(
-            f"At the best rate of each, {one} takes {slow.mean / fast.mean:.1f} times the steps of {other}."
+            f"At the best rate of each, {first} takes {slow.mean / fast.mean:.1f} times the steps of {second}."
         )
     return sentences
 

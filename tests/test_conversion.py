@@ -326,6 +326,7 @@ def test_files_of_keras_3_are_read_and_written_over(kind: str, tmp_path: pathlib
 @pytest.mark.parametrize(
     ("held", "options", "said"),
     [
+        ({"a/mean": 0, "a/var": 0}, {"epsilon": -1.0}, r"epsilon must be finite and at least 0; received -1\.0"),
         ({"dense/kernel": 0}, {}, "must have batch normalization.*'dense/kernel'"),
         ({"a/moving_mean": 0}, {}, "must have batch normalization"),
         ({"a/mean": 0, "a/var": 0}, {"to": "keras"}, "to must be one of.*'keras'"),
@@ -352,6 +353,24 @@ def test_what_does_not_fit_is_named_and_nothing_is_written(
     with pytest.raises(ValueError, match=said):
         convert_file("source.npz", "target.npz", **options)
     assert not pathlib.Path("target.npz").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"epsilon": "small"}, "epsilon must be finite and at least 0.*'small'"),
+        ({"renorm": "no"}, "renorm must be True or False; received 'no'"),
+        ({"rename": ["ab"]}, r"rename must be of pairs \(pattern, replacement\); received 'ab'"),
+        ({"rename": [("a", "b", "c")]}, "rename must be of pairs"),
+    ],
+)
+def test_an_argument_of_the_wrong_type_is_named_and_nothing_is_written(
+    options: dict[str, Any], said: str, tmp_path: pathlib.Path
+) -> None:
+    write(tmp_path / "source.npz", {"a/mean": np.zeros(3), "a/var": np.ones(3)})
+    with pytest.raises(TypeError, match=said):
+        convert_file(tmp_path / "source.npz", tmp_path / "target.npz", **options)
+    assert not (tmp_path / "target.npz").exists()
 
 
 @pytest.mark.parametrize(

@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from batchnorm.core import dialects
+from batchnorm.core import dialects, state
 from batchnorm.core.dialects import DIALECTS, Found
-from batchnorm.core.options import received
+from batchnorm.core.options import flag, received, small_number
 from batchnorm.numpy import namespace as xp
 
 __all__ = ["Converted", "convert_file"]
@@ -71,15 +71,21 @@ def convert_file(
 
     Raises:
         ValueError: If there is no layer in the source, one does not fit, a name is not there in `into` or there twice,
-            epsilon is needed, the kind of a file is unknown, or target and source are one file.
+            epsilon is needed or negative, the kind of a file is unknown, or target and source are one file.
+        TypeError: For an argument of the wrong type.
         FileNotFoundError: If there is no such file.
         ModuleNotFoundError: If the package is missing that reads or writes such a file.
     """
     source, target = os.fspath(source), os.fspath(target)
     if os.path.abspath(source) == os.path.abspath(target):
         raise ValueError(f"target must differ from source; {received(target)} for both.")
-    if to is not None and to not in DIALECTS:
+    if to is not None and to not in list(DIALECTS):
         raise ValueError(f"to must be one of {list(DIALECTS)}; {received(to)}.")
+    for pair in rename:
+        if not isinstance(pair, (list, tuple)) or len(pair) != 2:
+            raise TypeError(f"rename must be of pairs (pattern, replacement); {received(pair)}.")
+    renorm = None if renorm is None else flag("renorm", renorm)
+    epsilon = None if epsilon is None else small_number("epsilon", epsilon)
     there = read = _read(source)
     found = _found(source, read)
     if into is not None:
@@ -168,9 +174,10 @@ def _renamed(name: str, rename: Sequence[tuple[str, str]], separator: str) -> st
 def _place(name: str, layer: Found, dialect: str, renorm: bool | None) -> Found:
     """Where the variables of a layer go in a file of their own."""
     spoken = DIALECTS[dialect]
-    kept = any(ours.startswith("renorm_") for ours in layer.keys) if renorm is None else renorm
-    parameters = tuple(ours for ours in ("gamma", "beta") if ours in layer.keys)
-    wanted = (*parameters, "moving_mean", "moving_variance", *spoken.always, *(spoken.renorm if kept else ()))
+    if renorm is None:
+        renorm = any(ours.startswith("renorm_") for ours in layer.keys)
+    parameters = tuple(ours for ours in state.PARAMETERS if ours in layer.keys)
+    wanted = (*parameters, "moving_mean", "moving_variance", *spoken.always, *(spoken.renorm if renorm else ()))
 
     def key(ours: str) -> str:
         parts = [name, spoken.names[ours]] if name else [spoken.names[ours]]
@@ -307,8 +314,8 @@ def _write_checkpoint(path: str, variables: dict[str, Any]) -> None:
 
 # ---- Files of Keras.
 
-ORDER = ("gamma", "beta", "moving_mean", "moving_variance", "moving_stddev", "renorm_mean", "renorm_stddev")
-BY_COUNT = {2: ORDER[2:4], 4: ORDER[:4], 5: ORDER[2:], 7: ORDER}
+BY_COUNT = {2: state.VARIABLES[2:4], 4: state.VARIABLES[:4], 5: state.VARIABLES[2:], 7: state.VARIABLES}
+"""Which variables a layer has, by how many they are."""
 
 
 def _read_keras(path: str) -> dict[str, Any]:
@@ -403,8 +410,8 @@ def _keras2_places(root: Any) -> dict[str, str]:
             places[name if name.startswith(f"{layer}/") else f"{layer}/{name}"] = f"{root.name}/{path}"
 
     root.visititems(visit)
-    kept = [key for layer in dialects.find(places).values() for key in layer.keys.values()]
-    return {key: places[key] for key in kept}
+    found = dialects.find(places).values()
+    return {key: places[key] for layer in found for key in layer.keys.values()}
 
 
 READERS: dict[str, Callable[[str], dict[str, Any]]] = {

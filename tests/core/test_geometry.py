@@ -180,7 +180,7 @@ def test_an_adjustment_is_by_feature_where_it_has_size_1_on_every_other_axis(
 def test_an_adjustment_that_does_not_broadcast_is_refused_with_both_shapes(wrong: tuple[int, ...]) -> None:
     geometry = plan((None, 2), -1, None)
     for shapes in ((wrong, (2,)), ((2,), wrong)):
-        with pytest.raises(ValueError, match=r"^adjustment must return.*shape \(4, 2\)") as caught:
+        with pytest.raises(ValueError, match=r"^adjustment must be or return.*shape \(4, 2\)") as caught:
             geometry.check_adjustment(shapes, (4, 2))
         assert repr(wrong) in str(caught.value)
 

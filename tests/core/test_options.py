@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from batchnorm.core.options import Clipping, Options, pair, received, scalar, small_number, weight
+from batchnorm.core.options import Clipping, Options, pair, received, scalar, sizes, small_number, weight
 
 FIELDS = {"momentum": "decay", "renorm_momentum": "renorm_decay"}
 """The fields of `Options` whose names are not those of the layer's arguments."""
@@ -158,7 +158,7 @@ def test_every_option_has_a_bad_value_in_the_table() -> None:
 )
 def test_an_axis_is_kept_as_python_ints(axis: Any, kept: Any) -> None:
     options = Options(axis=axis)
-    assert options.axis == kept
+    assert options.axis == options.feature_axis == kept
     for axis in options.axis if isinstance(options.axis, tuple) else (options.axis,):
         assert type(axis) is int
 
@@ -222,14 +222,44 @@ def test_a_weight_and_a_small_number_are_checked_under_any_name(name: str) -> No
 
 @pytest.mark.parametrize("adjusted", [1.0, None, (), (1.0,), (1.0, 0.0, 0.0), "ab", {1: 2, 3: 4}], ids=repr)
 def test_what_an_adjustment_returns_must_be_a_pair(adjusted: Any) -> None:
-    with pytest.raises(ValueError, match=r"^adjustment must return a pair") as caught:
+    with pytest.raises(ValueError, match=r"^adjustment must be or return a pair") as caught:
         pair(adjusted)
     assert repr(adjusted) in str(caught.value)
 
 
-def test_a_pair_may_be_a_tuple_or_a_list_of_anything() -> None:
-    scale, bias = object(), None
+def test_a_pair_may_be_a_tuple_or_a_list_of_whatever_may_be_an_array() -> None:
+    scale, bias = object(), 2
     assert pair((scale, bias)) == pair([scale, bias]) == (scale, bias)
+
+
+@pytest.mark.parametrize("value", [None, "1", b"1", 1j], ids=repr)
+@pytest.mark.parametrize("place", [0, 1])
+def test_a_pair_of_what_is_no_array_is_refused(place: int, value: Any) -> None:
+    adjusted: list[Any] = [1.0, 1.0]
+    adjusted[place] = value
+    with pytest.raises(TypeError, match=r"^adjustment must be or return a pair of arrays or numbers") as caught:
+        pair(adjusted)
+    assert repr(value) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("value", "kept"), [(3, (3,)), (0, (0,)), (np.int64(3), (3,)), ([3, 5], (3, 5)), ((np.uint8(2), 1), (2, 1))]
+)
+def test_sizes_are_kept_as_python_ints(value: Any, kept: tuple[int, ...]) -> None:
+    found = sizes("features", value)
+    assert found == kept
+    assert all(type(size) is int for size in found)
+
+
+@pytest.mark.parametrize(
+    ("value", "error"),
+    [(3.0, TypeError), (True, TypeError), ("3", TypeError), ((3, None), TypeError), (-1, ValueError), ((), ValueError)],
+    ids=repr,
+)
+def test_bad_sizes_are_refused_by_name_and_value(value: Any, error: type[Exception]) -> None:
+    with pytest.raises(error, match=r"^features must be an int that is at least 0, or a list or tuple") as caught:
+        sizes("features", value)
+    assert repr(value[1] if value == (3, None) else value) in str(caught.value)
 
 
 @pytest.mark.parametrize("value", [0, 0.0, 1e-12, 1e-3, 5, np.float64(1e-5), np.float32(0)])

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from batchnorm.core.options import Options
-from batchnorm.core.state import modernize, names
+from batchnorm.core.state import averages, modernize, names
 
 from .conftest import Arrays
 
@@ -24,6 +24,10 @@ def test_variables_are_named_in_the_order_of_the_original_without_those_switched
     absent |= set() if renorm else {"moving_stddev", "renorm_mean", "renorm_stddev"}
     options = Options(scale=scale, center=center, renorm=renorm)
     assert names(options) == tuple(name for name in ALL if name not in absent)
+
+
+def test_all_but_the_parameters_are_averages() -> None:
+    assert list(averages(dict.fromkeys(ALL))) == list(ALL[2:])
 
 
 def test_todays_variables_pass_through(xp: Arrays) -> None:

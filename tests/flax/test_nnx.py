@@ -198,7 +198,10 @@ def test_checkpoints_of_orbax_hold_all_of_it(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"axis": (0, 2)}, ValueError, "num_features must have one size for each axis"),
+        ({"axis": (0, 2)}, ValueError, r"num_features must have one size for each axis; received \(\d+,\) and axis"),
+        ({"axis": 1.5}, TypeError, "axis must be an int or a list or tuple of distinct ints; received 1.5"),
+        ({"features": 3.5}, TypeError, "num_features must be an int.*received 3.5"),
+        ({"features": -3}, ValueError, "num_features must be an int.*received -3"),
         ({"momentum": 2.0}, ValueError, "momentum must be in"),
         ({"virtual_batch_size": 0}, ValueError, "virtual_batch_size must be None or at least 1"),
         ({"renorm": "yes"}, TypeError, "renorm must be True or False"),

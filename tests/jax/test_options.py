@@ -244,6 +244,27 @@ def test_statistics_that_got_renorm_may_be_donated() -> None:
         np.testing.assert_allclose(value, expected[name], atol=1e-6)
 
 
+def test_sizes_may_be_ints_of_any_kind() -> None:
+    parameters, statistics = init(np.int64(3))  # type: ignore[arg-type]
+    assert parameters["scale"].shape == statistics["mean"].shape == (3,)
+    assert init([2, 3])[0]["bias"].shape == (2, 3)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: init(3.5), TypeError, "features must be an int.*received 3.5"),  # type: ignore[arg-type]
+        (lambda: init(-3), ValueError, "features must be an int.*received -3"),
+        (lambda: init(3, dtype=np.int32), TypeError, "dtype must be of a floating-point type; received int32"),
+        (lambda: init(3, dtype="no type"), TypeError, "dtype must be of a floating-point type; received 'no type'"),
+        (lambda: with_renorm({}, epsilon=-1.0), ValueError, "epsilon must be finite and at least 0; received -1.0"),
+    ],
+)
+def test_bad_arguments_of_what_makes_statistics_are_refused(call: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        call()
+
+
 GOOD = np.ones((4, 3), np.float32)
 BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"x": np.ones((4, 3), np.int32)}, TypeError, "x must be of a floating-point type; received int32"),
@@ -253,15 +274,20 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"epsilon": -1.0}, ValueError, "epsilon must be finite"),
     ({"virtual_batch_size": 0}, ValueError, "virtual_batch_size must be None or at least 1"),
     ({"renorm_clipping": {"rmax": -1.0}}, ValueError, "renorm_clipping must have rmin <= rmax"),
-    ({"renorm_clipping": ClippingSchedule()}, ValueError, "statistics must have 'steps'"),
-    ({"adjustment": (np.ones(2), np.ones(3))}, ValueError, "adjustment must return arrays that broadcast"),
+    ({"renorm_clipping": ClippingSchedule()}, ValueError, r"statistics must have 'steps'.*\['mean', 'var'\]"),
+    ({"adjustment": (np.ones(2), np.ones(3))}, ValueError, "adjustment must be or return arrays that broadcast"),
+    ({"adjustment": 3}, ValueError, "adjustment must be or return a pair.*received 3"),
     ({"skip_nonfinite": "no"}, TypeError, "skip_nonfinite must be True or False"),
     ({"update": None}, TypeError, "update must be True or False"),
     ({"mask": np.ones(4, bool)}, ValueError, "mask must broadcast to x"),
     ({"mask": np.ones((4, 1), np.complex64)}, TypeError, "mask must be of booleans or real weights"),
     ({"axis_name": "i", "virtual_batch_size": 2}, ValueError, "cannot be used together"),
     ({"axis_index_groups": [[0]]}, ValueError, "must come with axis_name"),
-    ({"dtype": np.int32}, TypeError, "dtype must be a floating-point type"),
+    ({"dtype": np.int32}, TypeError, "dtype must be of a floating-point type; received int32"),
+    ({"dtype": "no type"}, TypeError, "dtype must be of a floating-point type; received 'no type'"),
+    ({"parameters": None}, TypeError, "parameters must be a dictionary of arrays; received None"),
+    ({"statistics": [1]}, TypeError, r"statistics must be a dictionary of arrays; received \[1\]"),
+    ({"parameters": {"scale": [1.0, 1.0, 1.0]}}, TypeError, r"scale must be an array; received \[1.0"),
     ({"parameters": {"scale": np.ones(2)}}, ValueError, r"scale must have shape \(3,\)"),
     ({"statistics": {"mean": np.ones(3)}}, ValueError, "statistics must have 'mean' and 'var'"),
     ({"statistics": {**init(3)[1], "renorm_mean": np.ones(3)}}, ValueError, "'renorm_mean' and 'renorm_stddev'"),

@@ -106,8 +106,13 @@ X = np.random.default_rng(0).normal(size=(6, 4, 3)).astype("float32")
         ({}, X, {"mask": np.ones((6, 3), bool)}, "mask must have shape"),
         ({}, X, {"mask": np.ones((6, 4, 3), bool)}, "mask must have shape"),
         ({"axis": [1, 2]}, X, {"mask": np.ones((5,), bool)}, "mask must have shape"),
-        ({"adjustment": lambda shape: 3}, X, {}, r"adjustment must return a pair \(scale, bias\)"),
-        ({"adjustment": lambda shape: (np.ones(2), np.ones(2))}, X, {}, "adjustment must return arrays that broadcast"),
+        ({"adjustment": lambda shape: 3}, X, {}, r"adjustment must be or return a pair \(scale, bias\)"),
+        (
+            {"adjustment": lambda shape: (np.ones(2), np.ones(2))},
+            X,
+            {},
+            "adjustment must be or return arrays that broadcast",
+        ),
         ({"renorm": True, "renorm_clipping": lambda steps: {"max": 1}}, X, {}, "Received invalid keys"),
     ],
 )
@@ -129,6 +134,11 @@ def test_weights_that_are_no_weights_are_refused_where_they_can_be_looked_at(val
     layer = BatchNormalization()
     with pytest.raises(ValueError, match="mask must hold finite numbers that are not negative"):
         layer(X, training=True, mask=ops.convert_to_tensor(np.full((6, 4), value, "float32")))
+
+
+def test_a_mask_of_complex_numbers_is_refused() -> None:
+    with pytest.raises(TypeError, match="mask must hold booleans or real numbers; received dtype complex64"):
+        BatchNormalization()(X, training=True, mask=ops.convert_to_tensor(np.ones((6, 4), "complex64")))
 
 
 def test_update_must_be_a_bool() -> None:

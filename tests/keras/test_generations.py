@@ -117,7 +117,8 @@ def test_our_own_layers_load_with_every_axis_and_classes_of_the_user_s_stay(kind
 
 
 def test_what_is_no_model_is_refused_by_name(tmp_path: Path) -> None:
-    (tmp_path / "text.keras").write_text("no archive")
+    for kind in ("keras", "h5"):
+        (tmp_path / f"text.{kind}").write_text("no archive")
     with zipfile.ZipFile(tmp_path / "empty.keras", "w") as archive:
         archive.writestr("other", json.dumps({}))
     model = keras.Sequential([keras.Input((4,)), keras.layers.BatchNormalization()])
@@ -126,11 +127,14 @@ def test_what_is_no_model_is_refused_by_name(tmp_path: Path) -> None:
         ("none.keras", FileNotFoundError, "no file at .*none"),
         ("model.pt", ValueError, r"filepath must end in \.keras, \.h5 or \.hdf5"),
         ("text.keras", ValueError, "text.keras must be an archive"),
+        ("text.h5", ValueError, "text.h5 must be an HDF5 file"),
         ("empty.keras", ValueError, r"empty.keras must be an archive with config.json in it; received \['other'\]"),
         ("a.weights.h5", ValueError, "must hold a whole model; received weights alone"),
     ):
         with pytest.raises(error, match=said):
             load_model(tmp_path / name)
+    with pytest.raises(TypeError, match="filepath must be a path; received 3 of type int"):
+        load_model(3)  # type: ignore[arg-type]
 
 
 # ---- Configurations.

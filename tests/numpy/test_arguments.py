@@ -54,6 +54,13 @@ def test_a_type_that_is_not_floating_point_is_refused(dtype: Any) -> None:
         BatchNormalization(dtype=dtype)
 
 
+@pytest.mark.parametrize("dtype", ["no type", 3])
+def test_what_is_no_type_is_refused_by_name(dtype: Any) -> None:
+    for make in (lambda: BatchNormalization(dtype=dtype), lambda: BatchNormalization().build((None, 3), dtype)):
+        with pytest.raises(TypeError, match=f"^dtype must be of a floating-point type.*received {dtype!r}"):
+            make()
+
+
 @pytest.mark.parametrize(
     ("initializer", "error"),
     [("glorot", ValueError), (True, TypeError), (None, TypeError), ({"zeros": 1}, TypeError), ([1j], TypeError)],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import numpy as np
@@ -29,7 +30,12 @@ BAD_INPUTS: list[tuple[dict[str, Any], tuple[int, ...], str]] = [
     ({"axis": 2}, (4, 3), "axis=2"),
     ({"axis": (1, -1)}, (4, 3), "axis"),
     ({"axis": 0, "virtual_batch_size": 2}, (4, 3), "virtual_batch_size=2"),
-    ({"gamma_initializer": np.ones(4)}, (4, 3), "broadcast"),
+    ({"gamma_initializer": np.ones(4)}, (4, 3), r"gamma_initializer must .*broadcasts to shape \(3,\).*\(4,\)"),
+    (
+        {"renorm": True, "moving_mean_initializer": lambda shape, dtype: np.ones(4)},
+        (4, 3),
+        r"^moving_mean_initializer must .*broadcasts to shape \(3,\).*\(4,\)",
+    ),
     ({"adjustment": lambda shape: (np.ones((5, 4, 3)), 0.0)}, (4, 3), "adjustment"),
     ({"adjustment": lambda shape: 1.0}, (4, 3), "adjustment"),
 ]
@@ -42,6 +48,15 @@ def test_a_first_input_that_does_not_fit_the_options_leaves_the_layer_unbuilt(
     layer = BatchNormalization(**options)
     with pytest.raises(ValueError, match=message):
         layer(np.ones(shape), training=True)
+    assert layer.variables == {}
+
+
+@pytest.mark.parametrize("argument", ["training", "update"])
+@pytest.mark.parametrize("value", ["no", None, np.array([True, False])], ids=str)
+def test_a_mode_that_is_no_bool_is_refused_by_name_and_leaves_the_layer_unbuilt(argument: str, value: Any) -> None:
+    layer = BatchNormalization()
+    with pytest.raises(TypeError, match=f"^{argument} must be True or False; received {re.escape(repr(value))}"):
+        layer(np.ones((4, 3)), **{argument: value})
     assert layer.variables == {}
 
 
@@ -73,7 +88,7 @@ def test_any_memory_layout_gives_the_same(axis: int) -> None:
 
 @pytest.mark.parametrize(
     ("returned", "message"),
-    [((1.0,), "must return a pair"), ((1.0, np.ones((4, 2))), r"broadcast.*\(3, 2\).*\(4, 2\)")],
+    [((1.0,), "must be or return a pair"), ((1.0, np.ones((4, 2))), r"broadcast.*\(3, 2\).*\(4, 2\)")],
 )
 def test_an_adjustment_that_returns_no_pair_or_does_not_broadcast_is_refused_and_moves_nothing(
     returned: Any, message: str

@@ -65,12 +65,21 @@ def test_functions_by_a_bad_name_or_type_are_refused(value: Any, error: type[Exc
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"dtype": "no such type"}, "no such type"), ({"momentun": 0.9}, "momentun")],
+    [
+        ({"dtype": "no such type"}, "dtype must be .*'no such type'"),
+        ({"dtype": 3.5}, "dtype must be .*3.5"),
+        ({"dtype": tf.int32}, "dtype must be of a floating-point type; received int32"),
+        ({"dtype": "complex64"}, "dtype must be of a floating-point type; received complex64"),
+        ({"momentun": 0.9}, "momentun"),
+    ],
     ids=str,
 )
 def test_bad_arguments_of_the_base_class_are_refused(options: dict[str, Any], message: str) -> None:
+    before = Layer().name
     with pytest.raises(TypeError, match=message):
         BatchNormalization(**options)
+    number = int(before.rpartition("_")[2])
+    assert Layer().name == f"layer_{number + 1}"
 
 
 UNFIT: list[tuple[dict[str, Any], list[int | None] | None, str, type[Exception], str]] = [

@@ -140,6 +140,9 @@ def test_conversion_refuses_to_write_onto_its_source(tmp_path: pathlib.Path) -> 
         modernize_checkpoint(tmp_path / "old", str(tmp_path / "old"))
     with pytest.raises(tf.errors.NotFoundError):
         modernize_checkpoint(tmp_path / "none", tmp_path / "new")
+    with pytest.raises(ValueError, match=r"epsilon must be finite and at least 0; received -1\.0"):
+        modernize_checkpoint(tmp_path / "old", tmp_path / "new", epsilon=-1.0)
+    assert not list(tmp_path.glob("new*"))
 
 
 def test_initial_weights_and_checkpoints_serve_inference_without_tensorflow(tmp_path: pathlib.Path) -> None:

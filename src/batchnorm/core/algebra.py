@@ -60,7 +60,7 @@ class Namespace(Protocol):
     def isfinite(self, x: Array, /) -> Array: ...
 
     def astype(self, x: Array, dtype: Any, /) -> Array:
-        """Convert an array or a scalar; a Python number stays one."""
+        """Convert an array or a scalar; a Python number, or None, stays what it is."""
 
     def shape(self, x: Array, /) -> tuple[Any, ...]:
         """Sizes as ints, but for those that are not known before the program runs."""
@@ -193,10 +193,10 @@ def totals(xp: Namespace, moments: Moments, dtype: Any) -> Array:
     """
     mean = xp.reshape(xp.astype(moments.mean, dtype) + xp.astype(moments.rest, dtype), (-1,))
     variance = xp.reshape(xp.astype(moments.variance, dtype), (-1,))
-    one = xp.ones_like(mean[:1])
+    unit = xp.ones_like(mean[:1])
     squares = moments.count if moments.square_count is None else moments.square_count
     count, squares = (
-        one * value if is_number(value) else xp.reshape(xp.astype(value, dtype), (-1,))[:1]
+        unit * value if is_number(value) else xp.reshape(xp.astype(value, dtype), (-1,))[:1]
         for value in (moments.count, squares)
     )
     return xp.concat([count, squares, count * mean, count * (variance + mean * mean)], axis=0)

@@ -27,7 +27,6 @@ class Dialect(NamedTuple):
     renorm: tuple[str, ...]
 
 
-_SAME = ("gamma", "beta", "moving_mean", "moving_variance", "moving_stddev", "renorm_mean", "renorm_stddev")
 _WEIGHTS = ("renorm_mean_weight", "renorm_stddev_weight")
 _AVERAGES = {"renorm_mean": "renorm_mean", "renorm_stddev": "renorm_stddev"}
 _FLAX = Dialect(
@@ -37,7 +36,7 @@ _FLAX = Dialect(
     ("renorm_mean", "renorm_stddev", "steps"),
 )
 DIALECTS = {
-    "tensorflow": Dialect({name: name for name in (*_SAME, *_WEIGHTS, "steps")}, "/", (), state.RENORM),
+    "tensorflow": Dialect({name: name for name in (*state.VARIABLES, *_WEIGHTS, "steps")}, "/", (), state.RENORM),
     "torch": Dialect(
         {
             "gamma": "weight",
@@ -123,7 +122,7 @@ def complete(
         KeyError: If variables of the older generation of renorm are incomplete.
     """
     wanted = tuple(wanted)
-    lost = [name for name in ("gamma", "beta") if name in variables and name not in wanted]
+    lost = [name for name in state.PARAMETERS if name in variables and name not in wanted]
     if lost:
         raise ValueError(f"the target has no {' and no '.join(lost)}, and the source has")
     older = any(name in variables for name in _WEIGHTS)

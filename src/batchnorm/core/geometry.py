@@ -134,7 +134,7 @@ class Geometry:
                 size not in (1, None, shape[axis]) and shape[axis] is not None for axis, size in enumerate(given, lead)
             ):
                 raise ValueError(
-                    f"adjustment must return arrays that broadcast to the inputs' shape {tuple(shape)}; "
+                    f"adjustment must be or return arrays that broadcast to the inputs' shape {tuple(shape)}; "
                     f"received shape {tuple(given)}."
                 )
             by_feature = by_feature and all(size == 1 or axis in self.axes for axis, size in enumerate(given, lead))
@@ -150,15 +150,15 @@ class Geometry:
         >>> plan((8, 3, 50), 1, None).mask_shape((8, 50), (8, 3, 50))
         (8, 1, 50)
         """
-        kept = tuple(1 if axis in self.axes else size for axis, size in enumerate(shape))
+        aligned = tuple(1 if axis in self.axes else size for axis, size in enumerate(shape))
         positions = tuple(size for axis, size in enumerate(shape) if axis not in self.axes)
-        for allowed in (kept, positions):
+        for allowed in (aligned, positions):
             if len(given) == len(allowed) and all(
                 size == wanted or size is None or wanted is None for size, wanted in zip(given, allowed, strict=True)
             ):
-                return kept
+                return aligned
         raise ValueError(
-            f"mask must have shape {positions} or {kept} for inputs of shape {tuple(shape)}, one value for each "
+            f"mask must have shape {positions} or {aligned} for inputs of shape {tuple(shape)}, one value for each "
             f"position; received shape {tuple(given)}."
         )
 

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-__all__ = ["Clipping", "Options", "flag", "pair", "received", "scalar", "small_number", "weight"]
+__all__ = ["Clipping", "Options", "flag", "pair", "received", "scalar", "sizes", "small_number", "weight"]
 
 
 def received(value: object) -> str:
@@ -55,6 +55,8 @@ def small_number(name: str, value: Any) -> Any:
 
 def flag(name: str, value: Any) -> bool:
     """Check a switch. 0, 1 and NumPy's booleans are as good as Python's."""
+    if isinstance(value, bool):  # at once, for calls ask too
+        return value
     # NumPy's booleans are not among the numbers.
     if (isinstance(value, numbers.Integral) or type(value).__name__ in ("bool_", "bool")) and value in (0, 1):
         return bool(value)
@@ -62,11 +64,23 @@ def flag(name: str, value: Any) -> bool:
 
 
 def pair(adjusted: Any) -> tuple[Any, Any]:
-    """Check what an adjustment has returned."""
+    """Check an adjustment, or what the function has returned that makes one."""
     if not isinstance(adjusted, (list, tuple)) or len(adjusted) != 2:
-        raise ValueError(f"adjustment must return a pair (scale, bias); {received(adjusted)}.")
+        raise ValueError(f"adjustment must be or return a pair (scale, bias); {received(adjusted)}.")
     scale, bias = adjusted
+    for value in (scale, bias):  # arrays are told from other things where they are made
+        if value is None or isinstance(value, (str, bytes, complex)):
+            raise TypeError(f"adjustment must be or return a pair of arrays or numbers; {received(value)}.")
     return scale, bias
+
+
+def sizes(name: str, value: Any) -> tuple[int, ...]:
+    """Check the size of a feature axis, or of each of several."""
+    allowed = "an int that is at least 0, or a list or tuple of such ints"
+    found = tuple(_integer(name, size, allowed) for size in (value if isinstance(value, (list, tuple)) else (value,)))
+    if min(found, default=-1) < 0:
+        raise ValueError(f"{name} must be {allowed}; {received(value)}.")
+    return found
 
 
 def _integer(name: str, value: Any, allowed: str) -> int:
@@ -126,7 +140,7 @@ class Clipping:
                 value,
                 0 if key == "dmax" else -math.inf,
                 math.inf,
-                "a number that is not negative" if key == "dmax" else "a number",
+                "at least 0" if key == "dmax" else "other than NaN",
             )
             for key, value in clipping.items()
             if value is not None
@@ -187,6 +201,11 @@ class Options:
     cumulative: bool = False
     skip_nonfinite: bool = False
     synchronized: bool = False
+
+    @property
+    def feature_axis(self) -> int | tuple[int, ...]:
+        """`axis` as it was checked, and as `geometry` takes it."""
+        return self.axis if isinstance(self.axis, int) else tuple(self.axis)
 
     @property
     def rate(self) -> Any:

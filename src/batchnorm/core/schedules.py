@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import numbers
 from typing import Any
 
 from .options import received
@@ -27,6 +28,10 @@ class ClippingSchedule:
         rmax_end: Batch at which it is reached, not before `start`.
         dmax: Last limit of d, at least 0.
         dmax_end: Batch at which it is reached, not before `start`.
+
+    Raises:
+        TypeError: For an argument that is no number.
+        ValueError: For one out of range.
 
     >>> schedule = ClippingSchedule()
     >>> schedule(0)
@@ -53,7 +58,9 @@ class ClippingSchedule:
             ("dmax_end", self.start, "at least start"),
         ):
             value = getattr(self, name)
-            if not (least <= value < math.inf):
+            if isinstance(value, bool) or not isinstance(value, numbers.Real):
+                raise TypeError(f"{name} must be a finite number that is {allowed}; {received(value)}.")
+            if not (least <= float(value) < math.inf):
                 raise ValueError(f"{name} must be finite and {allowed}; {received(value)}.")
 
     def __call__(self, batches: Any) -> dict[str, Any]:

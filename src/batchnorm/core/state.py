@@ -8,10 +8,16 @@ from typing import Any, Protocol
 from .algebra import Array
 from .options import Options
 
-__all__ = ["OLDER_RENORM", "RENORM", "modernize", "names"]
+__all__ = ["OLDER_RENORM", "PARAMETERS", "RENORM", "VARIABLES", "averages", "modernize", "names"]
+
+PARAMETERS = ("gamma", "beta")
+"""What is trained; everything else are averages, which training moves."""
 
 RENORM = ("moving_stddev", "renorm_mean", "renorm_stddev")
 """What a renorm layer keeps beside the moving statistics."""
+
+VARIABLES = (*PARAMETERS, "moving_mean", "moving_variance", *RENORM)
+"""Everything that a layer may have, in the order in which it is made."""
 
 OLDER_RENORM = (
     "moving_mean",
@@ -30,9 +36,13 @@ def names(options: Options) -> tuple[str, ...]:
     >>> names(Options(scale=False, renorm=True))
     ('beta', 'moving_mean', 'moving_variance', 'moving_stddev', 'renorm_mean', 'renorm_stddev')
     """
-    parameters = ("gamma",) * options.scale + ("beta",) * options.center
-    renorm = RENORM if options.renorm else ()
-    return (*parameters, "moving_mean", "moving_variance", *renorm)
+    absent = ("gamma",) * (not options.scale) + ("beta",) * (not options.center) + RENORM * (not options.renorm)
+    return tuple(name for name in VARIABLES if name not in absent)
+
+
+def averages(variables: Mapping[str, Array]) -> dict[str, Array]:
+    """What of the variables training moves."""
+    return {name: value for name, value in variables.items() if name not in PARAMETERS}
 
 
 class _Roots(Protocol):

@@ -14,6 +14,7 @@ from flax import nnx
 from flax.nnx.nn import dtypes, initializers
 
 from batchnorm.core.options import flag
+from batchnorm.core.options import sizes as checked_sizes
 from batchnorm.core.schedules import ClippingSchedule
 from batchnorm.jax import batch_norm
 from batchnorm.jax.functional import checked_options
@@ -106,10 +107,9 @@ class BatchNorm(nnx.BatchNorm):
         skip_nonfinite: bool = False,
         fused: bool | None = None,
     ) -> None:
-        sizes = (num_features,) if isinstance(num_features, int) else tuple(num_features)
-        axis = axis if isinstance(axis, int) else tuple(axis)
+        sizes = checked_sizes("num_features", num_features)
         renorm_momentum = momentum if renorm_momentum is None else renorm_momentum
-        checked_options(
+        axis = checked_options(
             axis=axis,
             momentum=momentum,
             epsilon=epsilon,
@@ -122,8 +122,8 @@ class BatchNorm(nnx.BatchNorm):
             fused=fused,
             axis_name=axis_name,
             axis_index_groups=axis_index_groups,
-            features=len(sizes),
-        )
+            num_features=sizes,
+        ).feature_axis
 
         def of_sizes(initializer: Callable[..., Any]) -> Callable[..., Any]:
             return lambda key, _, dtype: initializer(key, sizes, dtype)

@@ -83,11 +83,10 @@ class BatchNorm(nn.BatchNorm):
             An array of the shape of x.
         """
         running = merge_param("use_running_average", self.use_running_average, use_running_average)
-        axis = self.axis if isinstance(self.axis, int) else tuple(self.axis)
         renorm_momentum = self.momentum if self.renorm_momentum is None else self.renorm_momentum
         x = jnp.asarray(x)
-        checked_options(
-            axis=axis,
+        axis = checked_options(
+            axis=self.axis,
             momentum=self.momentum,
             epsilon=self.epsilon,
             renorm=self.renorm,
@@ -99,7 +98,7 @@ class BatchNorm(nn.BatchNorm):
             fused=self.fused,
             axis_name=self.axis_name,
             axis_index_groups=self.axis_index_groups,
-        )
+        ).feature_axis
         sizes = geometry.plan(x.shape, axis, None).feature_sizes
         firsts: dict[str, Callable[[], Array]] = {
             "mean": lambda: jnp.zeros(sizes, jnp.float32),

@@ -13,7 +13,7 @@ from batchnorm.core import algebra, geometry, normalize, passes
 from batchnorm.core.algebra import Moments
 from batchnorm.core.geometry import Geometry
 from batchnorm.core.normalize import Pair, Renorm
-from batchnorm.core.options import Clipping, Options, flag, pair
+from batchnorm.core.options import Clipping, Options, flag, pair, received, sizes, small_number
 from batchnorm.cpu import KERNEL
 
 from . import namespace as xp
@@ -55,20 +55,24 @@ def init(
         Two dictionaries: parameters, with any of ``scale`` and ``bias``; statistics, with ``mean``, ``var`` and the
         rest of what was asked for.
 
+    Raises:
+        TypeError: For an argument of the wrong type.
+        ValueError: For a negative size.
+
     >>> parameters, statistics = init(3, renorm=True)
     >>> sorted(parameters), sorted(statistics)
     (['bias', 'scale'], ['mean', 'renorm_mean', 'renorm_stddev', 'var'])
     """
-    shape = (features,) if isinstance(features, int) else tuple(features)
-    wide = jnp.promote_types(dtype, jnp.float32)
+    shape, dtype = sizes("features", features), _floating("dtype", dtype)
+    average_dtype = xp.accumulation_dtype(dtype)
     parameters = {}
     if flag("use_scale", use_scale):
         parameters["scale"] = jnp.ones(shape, dtype)
     if flag("use_bias", use_bias):
         parameters["bias"] = jnp.zeros(shape, dtype)
-    statistics = {"mean": jnp.zeros(shape, wide), "var": jnp.ones(shape, wide)}
+    statistics = {"mean": jnp.zeros(shape, average_dtype), "var": jnp.ones(shape, average_dtype)}
     if flag("renorm", renorm):
-        statistics |= {"renorm_mean": jnp.zeros(shape, wide), "renorm_stddev": jnp.ones(shape, wide)}
+        statistics |= {"renorm_mean": jnp.zeros(shape, average_dtype), "renorm_stddev": jnp.ones(shape, average_dtype)}
     if flag("steps", steps):
         statistics["steps"] = jnp.zeros((), jnp.int32)
     return parameters, statistics
@@ -145,12 +149,17 @@ def batch_norm(
      [ 1.  1.]] [0.02 0.15]
     """
     x = jnp.asarray(x)
-    if not jnp.issubdtype(x.dtype, jnp.floating):
-        raise TypeError(f"x must be of a floating-point type; received {x.dtype}.")
+    _floating("x", x.dtype)
+    for name, given in (("parameters", parameters), ("statistics", statistics)):
+        if not isinstance(given, Mapping):
+            raise TypeError(f"{name} must be a dictionary of arrays; {received(given)}.")
     training, update = flag("training", training), flag("update", update)
     if callable(renorm_clipping):
         if statistics.get("steps") is None:
-            raise ValueError("statistics must have 'steps' where renorm_clipping is a function of them.")
+            raise ValueError(
+                f"statistics must have 'steps' where renorm_clipping is a function of them; received "
+                f"{sorted(statistics)}."
+            )
         renorm_clipping = renorm_clipping(statistics["steps"])
     options = checked_options(
         axis=axis,
@@ -166,18 +175,15 @@ def batch_norm(
         axis_name=axis_name,
         axis_index_groups=axis_index_groups,
     )
-    assert isinstance(options.axis, (int, tuple))
-    plan = geometry.plan(x.shape, options.axis, options.virtual_batch_size)
+    plan = geometry.plan(x.shape, options.feature_axis, options.virtual_batch_size)
     _check(plan, x.shape, parameters, statistics)
     weights = None if mask is None else _weights(mask, x, plan)
-    y_type = x.dtype if dtype is None else jnp.dtype(dtype)
-    if not jnp.issubdtype(y_type, jnp.floating):
-        raise TypeError(f"dtype must be a floating-point type; received {dtype!r}.")
+    y_type = x.dtype if dtype is None else _floating("dtype", dtype)
     x = x.astype(jnp.promote_types(x.dtype, y_type))
     if not training:
         y = normalize.infer(
             xp,
-            x.astype(xp.wide(x)),
+            x.astype(xp.accumulation_dtype(x.dtype)),
             plan,
             epsilon,
             statistics["mean"],
@@ -187,7 +193,7 @@ def batch_norm(
         )
         return y.astype(y_type), dict(statistics)
     merge = None if axis_name is None else _merge(axis_name, axis_index_groups)
-    y, averaged = _train(x, parameters, statistics, plan, options, _adjustment(options, x, plan), weights, merge)
+    y, averaged = _train(x, parameters, statistics, plan, options, *_adjustment(options, x, plan), weights, merge)
     if not update:
         return y.astype(y_type), dict(statistics)
     return y.astype(y_type), _moved(statistics, averaged, plan, options)
@@ -202,6 +208,7 @@ def with_renorm(statistics: Any, epsilon: float = 1e-5) -> Any:
     >>> with_renorm({"BatchNorm_0": init(1)[1]}, epsilon=0.0)["BatchNorm_0"]["renorm_stddev"].tolist()
     [1.0]
     """
+    small_number("epsilon", epsilon)
     if not isinstance(statistics, Mapping):
         return statistics
     if not {"mean", "var"} <= set(statistics):
@@ -242,7 +249,7 @@ def checked_options(
     fused: bool | None,
     axis_name: Any,
     axis_index_groups: Any,
-    features: int | None = None,
+    num_features: tuple[int, ...] | None = None,
 ) -> Options:
     """Check what a layer was asked for; a function `renorm_clipping` is checked by what it returns, later."""
     options = Options(
@@ -257,8 +264,9 @@ def checked_options(
         fused=fused,
         skip_nonfinite=skip_nonfinite,
     )
-    if features is not None and features != (1 if isinstance(axis, int) else len(axis)):
-        raise ValueError(f"num_features must have one size for each axis; received {features} and axis={axis}.")
+    axes = 1 if isinstance(options.feature_axis, int) else len(options.feature_axis)
+    if num_features is not None and len(num_features) != axes:
+        raise ValueError(f"num_features must have one size for each axis; received {num_features} and axis={axis}.")
     if axis_name is not None and virtual_batch_size is not None:
         raise ValueError(
             f"axis_name and virtual_batch_size cannot be used together, for virtual batches are of one device; "
@@ -269,16 +277,32 @@ def checked_options(
     return options
 
 
+def _floating(name: str, dtype: Any) -> Any:
+    try:
+        found = jnp.dtype(dtype)
+    except TypeError:
+        raise TypeError(f"{name} must be of a floating-point type; {received(dtype)}.") from None
+    if not jnp.issubdtype(found, jnp.floating):
+        raise TypeError(f"{name} must be of a floating-point type; received {found}.")
+    return found
+
+
 def _check(plan: Geometry, shape: tuple[int, ...], parameters: Arrays, statistics: Arrays) -> None:
     for name in ("mean", "var"):
         if statistics.get(name) is None:
             raise ValueError(f"statistics must have 'mean' and 'var'; received {sorted(statistics)}.")
     if (statistics.get("renorm_mean") is None) != (statistics.get("renorm_stddev") is None):
-        raise ValueError("statistics must have 'renorm_mean' and 'renorm_stddev' together.")
+        raise ValueError(
+            f"statistics must have 'renorm_mean' and 'renorm_stddev' together; received {sorted(statistics)}."
+        )
     values = {name: parameters.get(name) for name in ("scale", "bias")}
     values |= {name: statistics.get(name) for name in AVERAGES}
     for name, value in values.items():
-        if value is not None and tuple(value.shape) != plan.feature_sizes:
+        if value is None:
+            continue
+        if not hasattr(value, "shape"):
+            raise TypeError(f"{name} must be an array; {received(value)}.")
+        if tuple(value.shape) != plan.feature_sizes:
             raise ValueError(
                 f"{name} must have shape {plan.feature_sizes} for x of shape {shape} with feature axes {plan.axes}; "
                 f"received shape {tuple(value.shape)}."
@@ -301,12 +325,13 @@ def _weights(mask: Array, x: Array, plan: Geometry) -> Array:
     return jax.lax.stop_gradient(jnp.broadcast_to(mask, sizes))
 
 
-def _adjustment(options: Options, x: Array, plan: Geometry) -> Pair | None:
+def _adjustment(options: Options, x: Array, plan: Geometry) -> tuple[Pair | None, bool]:
+    """The adjustment of a batch, in the type of the arithmetic, and whether it has one value for each feature."""
     if options.adjustment is None:
-        return None
-    scale, bias = (jnp.asarray(value) for value in pair(options.adjustment(x.shape)))
-    plan.check_adjustment((scale.shape, bias.shape), x.shape)
-    return scale, bias
+        return None, True
+    dtype = xp.accumulation_dtype(x.dtype)
+    scale, bias = (jnp.asarray(value, dtype) for value in pair(options.adjustment(x.shape)))
+    return (scale, bias), plan.check_adjustment((scale.shape, bias.shape), x.shape)
 
 
 # ---- Training.
@@ -319,6 +344,7 @@ def _train(
     plan: Geometry,
     options: Options,
     adjustment: Pair | None,
+    by_feature: bool,
     weights: Array | None,
     merge: Callable[[Moments], Moments] | None,
 ) -> tuple[Array, Moments]:
@@ -326,7 +352,6 @@ def _train(
     renorm = None
     if options.renorm:
         renorm = Renorm(statistics["renorm_mean"], statistics["renorm_stddev"], options.renorm_clipping)
-    by_feature = adjustment is None or plan.check_adjustment([value.shape for value in adjustment], x.shape)
     served = (
         merge is None
         and by_feature
@@ -335,14 +360,13 @@ def _train(
     )
     if passes.select(options.fused, {KERNEL: served}) == KERNEL:
         if adjustment is not None:
-            wide = xp.wide(x)
-            adjustment = normalize.by_feature(xp, plan, (adjustment[0].astype(wide), adjustment[1].astype(wide)))
+            adjustment = normalize.by_feature(xp, plan, adjustment)
         factor, offset = normalize.fold(xp, gamma, beta, adjustment)
         epsilon = float(options.epsilon)
         return primitives.forward(x, plan, epsilon, factor=factor, offset=offset, renorm=renorm, weights=weights)
     trained = normalize.train(
         xp,
-        x.astype(xp.wide(x)),
+        x.astype(xp.accumulation_dtype(x.dtype)),
         plan,
         options.epsilon,
         gamma=gamma,

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from jax import lax
 
 __all__ = [
+    "accumulation_dtype",
     "astype",
     "broadcast_to",
     "concat",
@@ -19,7 +20,6 @@ __all__ = [
     "stop_gradient",
     "sum",
     "where",
-    "wide",
 ]
 
 broadcast_to = jnp.broadcast_to
@@ -55,6 +55,6 @@ def shape(x: Any, /) -> tuple[Any, ...]:
     return tuple(x.shape)
 
 
-def wide(x: Any) -> Any:
-    """Name the type of all arithmetic on an array: float32 or wider."""
-    return jnp.promote_types(x.dtype, jnp.float32)
+def accumulation_dtype(dtype: Any) -> Any:
+    """The type of sums, and so of all arithmetic, on arrays of a type: float32 or wider."""
+    return jnp.promote_types(dtype, jnp.float32)

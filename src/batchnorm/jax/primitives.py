@@ -92,7 +92,7 @@ def forward(
     Returns:
         The output, and what averages move to, with one value for each feature.
     """
-    dtype = xp.wide(x)
+    dtype = xp.accumulation_dtype(x.dtype)
 
     def flat(value: Array | None) -> Array:
         return jnp.zeros(0, dtype) if value is None else jnp.asarray(value, dtype).reshape(-1)
@@ -129,7 +129,7 @@ def _composed_forward(
     plan: Geometry,
     epsilon: float,
 ) -> Arrays:
-    dtype = xp.wide(x)
+    dtype = xp.accumulation_dtype(x.dtype)
     renorm = None
     if limits.size:
         renorm = Renorm(renorm_mean, renorm_stddev, Clipping(*(limits[i] for i in range(3))))
@@ -158,7 +158,7 @@ def _composed_y(
 ) -> Array:
     trained = normalize.train(
         xp,
-        x.astype(xp.wide(x)),
+        x.astype(xp.accumulation_dtype(x.dtype)),
         plan,
         epsilon,
         gamma=_present(factor),
@@ -184,7 +184,7 @@ def _composed_backward(*operands: Array, plan: Geometry, epsilon: float, with_of
     *values, dy = operands
     saved = Saved(*values)
     x, r = saved.x, saved.r
-    dtype, weights = xp.wide(x), _present(saved.weights)
+    dtype, weights = xp.accumulation_dtype(x.dtype), _present(saved.weights)
     shape = plan.view_shape
     if plan.group_axis is not None:
         shape = (1, saved.mean.shape[0], *shape[2:])
@@ -216,7 +216,7 @@ def _differentiable_backward(*operands: Array, with_offset: bool, **static: Any)
     *values, dy = operands
     saved = Saved(*values)
     x = saved.x
-    offset = jnp.zeros(_view(x.shape, static["plan"]).parameters if with_offset else 0, xp.wide(x))
+    offset = jnp.zeros(_view(x.shape, static["plan"]).parameters if with_offset else 0, xp.accumulation_dtype(x.dtype))
 
     def y(x: Array, factor: Array, offset: Array) -> Array:
         return _composed_y(x, saved.weights, factor, offset, saved.r, saved.d, **static)
@@ -283,7 +283,7 @@ def _call(direction: str, operands: Sequence[Array], results: Any, plan: Geometr
 
 def _kernel_forward(*operands: Array, plan: Geometry, epsilon: float, lead: int) -> Arrays:
     x, renorm_mean = operands[0], operands[4]
-    dtype, view, front = xp.wide(x), _view(x.shape[lead:], plan), x.shape[:lead]
+    dtype, view, front = xp.accumulation_dtype(x.dtype), _view(x.shape[lead:], plan), x.shape[:lead]
     statistics = ((*front, view.groups, view.features), dtype)
     count, correction = ((*front, view.virtual_batches), dtype), (renorm_mean.shape, dtype)
     results = [(x.shape, x.dtype), *[statistics] * 3, count, correction, correction]
@@ -292,7 +292,7 @@ def _kernel_forward(*operands: Array, plan: Geometry, epsilon: float, lead: int)
 
 def _kernel_backward(*operands: Array, plan: Geometry, epsilon: float, lead: int, with_offset: bool) -> Arrays:
     x, *saved, dy = operands
-    dtype, factor = xp.wide(x), Saved(x, *saved).factor
+    dtype, factor = xp.accumulation_dtype(x.dtype), Saved(x, *saved).factor
     offset = (*x.shape[:lead], _view(x.shape[lead:], plan).parameters if with_offset else 0)
     results = [(x.shape, x.dtype), (factor.shape, dtype), (offset, dtype)]
     return list(_call("backward", (x, dy, *saved), results, plan, epsilon, lead))
@@ -401,8 +401,9 @@ def _tangent_transpose(cotangents: Sequence[Any], *operands: Any, **static: Any)
     saved, linear = operands[:n], operands[n:]
     offset = linear[2].aval if ad.is_undefined_primal(linear[2]) else linear[2]
     found = _backward_p.bind(*saved, _dense(cotangents[0]), with_offset=offset.size > 0, **static)
-    wanted = (g if ad.is_undefined_primal(one) else None for g, one in zip(found, linear, strict=True))
-    return [None] * n + list(wanted)
+    return [None] * n + [
+        gradient if ad.is_undefined_primal(operand) else None for gradient, operand in zip(found, linear, strict=True)
+    ]
 
 
 def _backward_transpose(cotangents: Sequence[Any], *operands: Any, with_offset: bool, **static: Any) -> Arrays:

@@ -20,7 +20,7 @@ from batchnorm.core.normalize import Pair, Renorm
 from batchnorm.core.options import Clipping, Options
 from batchnorm.cpu import KERNEL
 
-__all__ = ["BACKEND", "infer", "is_known", "merge", "plan", "train", "wide", "xp"]
+__all__ = ["BACKEND", "infer", "is_known", "merge", "plan", "train", "upcast", "xp"]
 
 BACKEND: str = keras.backend.backend()
 Values = Mapping[str, Any]
@@ -190,6 +190,7 @@ def train(
     clipping: Clipping,
     values: Values,
     adjustment: Pair | None,
+    by_feature: bool,
     weights: Any,
     merge: Merge | None,
 ) -> tuple[Any, Moments, str]:
@@ -202,6 +203,7 @@ def train(
         clipping: Limits of renorm's correction, as they are at this step.
         values: Parameters and averages of the layer, by name.
         adjustment: a and b, or None.
+        by_feature: Whether these have one value for each feature.
         weights: How much each value counts, of the rank of x, or None.
         merge: Puts the moments of replicas together, or None.
 
@@ -211,7 +213,6 @@ def train(
     """
     gamma, beta = values.get("gamma"), values.get("beta")
     renorm = Renorm(values["renorm_mean"], values["renorm_stddev"], clipping) if options.renorm else None
-    by_feature = adjustment is None or plan.check_adjustment([tuple(each.shape) for each in adjustment], tuple(x.shape))
     epsilon = options.epsilon
     if weights is None and plan.group_axis is not None and not isinstance(xp.shape(x)[0], int):
         weights = _ones(x, plan)  # so that virtual batches need not divide a size that is not known yet
@@ -224,7 +225,7 @@ def train(
     else:
         trained = normalize.train(
             xp,
-            wide(x),
+            upcast(x),
             plan,
             epsilon,
             gamma=gamma,
@@ -243,14 +244,14 @@ def train(
 def infer(x: Any, plan: Geometry, options: Options, values: Values) -> Any:
     """Normalize by the moving averages, with operations of the backend, so that exported models need no other."""
     names = ("moving_mean", "moving_variance", "gamma", "beta")
-    given = [None if values.get(name) is None else wide(values[name], x) for name in names]
+    given = [None if values.get(name) is None else upcast(values[name], x) for name in names]
     if options.fused is not False and infers(x, plan):
         return inferred(x, plan, options.epsilon, *given)
     mean, variance, gamma, beta = given
-    return normalize.infer(xp, wide(x), plan, options.epsilon, mean, variance, gamma=gamma, beta=beta)
+    return normalize.infer(xp, upcast(x), plan, options.epsilon, mean, variance, gamma=gamma, beta=beta)
 
 
-def wide(value: Any, x: Any = None) -> Any:
+def upcast(value: Any, x: Any = None) -> Any:
     """An array in the type of the arithmetic on it, or on a batch x: float32 or wider."""
     dtype = keras.backend.standardize_dtype((value if x is None else x).dtype)
     return keras.ops.cast(value, dtype if dtype == "float64" else "float32")  # Keras promotes these two to float32

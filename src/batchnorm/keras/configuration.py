@@ -42,7 +42,7 @@ def read(config: Mapping[str, Any]) -> dict[str, Any]:
     if config.get("virtual_batch_size") is not None and min(axes) > 0 and "synchronized" not in config:
         # Ours always has the key, and the layers of TensorFlow 1 never do.
         if axes != [axis] and _is_from_tf_keras(config):
-            axes = [one - 1 for one in axes]
+            axes = [feature_axis - 1 for feature_axis in axes]
         else:
             warnings.warn(
                 f"axis={axis} of {config.get('name')!r} may be one too large: layers of TensorFlow 1 with virtual "

@@ -22,7 +22,7 @@ OPTIONS = (
     *("renorm", "renorm_clipping", "renorm_momentum", "virtual_batch_size", "adjustment", "fused", "skip_nonfinite"),
 )
 """What `convert` can give a layer: everything on which parameters and statistics do not depend."""
-WEIGHTS = (*state.RENORM, "gamma", "beta", "moving_mean", "moving_variance", "steps")
+WEIGHTS = (*state.VARIABLES, "steps")
 COMPILED = ("train_function", "test_function", "predict_function")
 
 
@@ -152,8 +152,8 @@ def _become(layer: Layer, new: Layer, general: set[str]) -> None:
     given = {name: value for name, value in vars(new).items() if name not in general and not name.startswith("_self_")}
     stays = {name for name in WEIGHTS if vars(layer).get(name) is not None and given.get(name) is not None}
     for name in list(vars(layer)):
-        own = name not in general and not name.startswith("_self_") and name not in stays
-        if own or name in ("build", "quantize"):  # which Keras wraps for each layer
+        specific = name not in general and not name.startswith("_self_") and name not in stays
+        if specific or name in ("build", "quantize"):  # which Keras wraps for each layer
             del layer.__dict__[name]
     layer.__class__ = type(new)
     called = ("_call_signature", "_call_has_context_arg", "_call_context_args", "call_signature_parameters")

@@ -22,7 +22,6 @@ __all__ = ["BatchNormalization"]
 
 Tensor = Any
 Schedule = Callable[[Any], Mapping[str, Any]]
-PARAMETERS = ("gamma", "beta")
 INITIAL = {"moving_stddev": "moving_variance", "renorm_mean": "moving_mean", "renorm_stddev": "moving_variance"}
 """Where renorm's averages begin: at the moving ones, standard deviations at the root of the variance."""
 KINDS = {"initializer": initializers, "regularizer": regularizers, "constraint": constraints}
@@ -167,7 +166,7 @@ class BatchNormalization(keras.layers.BatchNormalization):  # type: ignore[misc]
         self.supports_masking = True
         self.kernel: str | None = None
         self._generators = serialization.generators(adjustment)
-        for name in (*state.names(Options(renorm=True)), "steps"):
+        for name in (*state.VARIABLES, "steps"):
             setattr(self, name, None)
 
     axis, center, scale, renorm = (_fixed(name) for name in ("axis", "center", "scale", "renorm"))
@@ -207,7 +206,7 @@ class BatchNormalization(keras.layers.BatchNormalization):  # type: ignore[misc]
                 initializer=self._initializer(name),
                 regularizer=getattr(self, f"{name}_regularizer", None),
                 constraint=getattr(self, f"{name}_constraint", None),
-                trainable=name in PARAMETERS,
+                trainable=name in state.PARAMETERS,
                 autocast=False,
             )
             setattr(self, name, weight)
@@ -218,8 +217,7 @@ class BatchNormalization(keras.layers.BatchNormalization):  # type: ignore[misc]
         self.input_spec = keras.layers.InputSpec(ndim=plan.rank, axes=dict(plan.features))
 
     def _plan(self, shape: Any) -> Geometry:
-        axis = self.options.axis
-        return backends.plan(shape, axis if isinstance(axis, int) else tuple(axis), self.options.virtual_batch_size)
+        return backends.plan(shape, self.options.feature_axis, self.options.virtual_batch_size)
 
     def _initializer(self, name: str) -> Any:
         found = getattr(self, f"{INITIAL.get(name, name)}_initializer")
@@ -255,10 +253,10 @@ class BatchNormalization(keras.layers.BatchNormalization):  # type: ignore[misc]
         values = {name: getattr(self, name).value for name in state.names(self.options)}
         if not (training and self.trainable):
             return ops.cast(backends.infer(inputs, plan, self.options, values), self.compute_dtype)
-        adjustment = self._adjusted(inputs, plan)
+        adjustment, by_feature = self._adjusted(inputs, plan)
         merge = backends.merge(inputs) if self.synchronized else None
         y, moments, self.kernel = backends.train(
-            inputs, plan, self.options, self._limits(), values, adjustment, weights, merge
+            inputs, plan, self.options, self._limits(), values, adjustment, by_feature, weights, merge
         )
         if update:
             self._move(values, moments)
@@ -270,21 +268,20 @@ class BatchNormalization(keras.layers.BatchNormalization):  # type: ignore[misc]
             return serialization.tensors(self.options.renorm_clipping)
         return serialization.clipping(self._schedule(self.steps.value))
 
-    def _adjusted(self, inputs: Tensor, plan: Geometry) -> Pair | None:
-        """Ask for the adjustment of a batch, in the type of the arithmetic."""
+    def _adjusted(self, inputs: Tensor, plan: Geometry) -> tuple[Pair | None, bool]:
+        """Ask for the adjustment of a batch, and tell whether it has one value for each feature."""
         if self.adjustment is None:
-            return None
+            return None, True
         scale, bias = (ops.convert_to_tensor(value) for value in pair(self.adjustment(ops.shape(inputs))))
-        plan.check_adjustment((tuple(scale.shape), tuple(bias.shape)), tuple(inputs.shape))
-        return backends.wide(scale, inputs), backends.wide(bias, inputs)
+        by_feature = plan.check_adjustment((tuple(scale.shape), tuple(bias.shape)), tuple(inputs.shape))
+        return (backends.upcast(scale, inputs), backends.upcast(bias, inputs)), by_feature
 
     def _move(self, values: Mapping[str, Tensor], moments: Moments) -> None:
         """Move the averages, and count the step if one has moved."""
         options = self.options
-        averages = {name: value for name, value in values.items() if name not in PARAMETERS}
         moved, moves = algebra.track(
             xp,
-            averages,
+            state.averages(values),
             moments,
             options.epsilon,
             rate=options.rate,
@@ -351,8 +348,11 @@ def _root(initializer: Any) -> Callable[..., Tensor]:
 def _weights(mask: Tensor, inputs: Tensor, plan: Geometry) -> Tensor:
     """A mask as it broadcasts against a batch: of the inputs' rank, with size 1 on the feature axes if it may be."""
     mask = ops.convert_to_tensor(mask)
-    if keras.backend.standardize_dtype(mask.dtype) != "bool":
-        mask = backends.wide(mask, inputs)
+    dtype = keras.backend.standardize_dtype(mask.dtype)
+    if "complex" in dtype or dtype == "string":
+        raise TypeError(f"mask must hold booleans or real numbers; received dtype {dtype}.")
+    if dtype != "bool":
+        mask = backends.upcast(mask, inputs)
         if backends.is_known(mask) and not bool(ops.all((mask >= 0) & xp.isfinite(mask))):
             raise ValueError(REFUSED_WEIGHTS)
     given, shape = tuple(mask.shape), tuple(inputs.shape)
@@ -361,8 +361,8 @@ def _weights(mask: Tensor, inputs: Tensor, plan: Geometry) -> Tensor:
         size in (1, None) or wanted in (size, None) for size, wanted in zip(given, shape, strict=False)
     ):  # Keras' rule, whatever the feature axes
         mask = ops.expand_dims(mask, -1)
-        kept = [1 if axis in plan.axes and size == 1 else sizes[axis] for axis, size in enumerate((*given, 1))]
-        mask = xp.broadcast_to(mask, kept)
+        positions = [1 if axis in plan.axes and size == 1 else sizes[axis] for axis, size in enumerate((*given, 1))]
+        mask = xp.broadcast_to(mask, positions)
     elif len(given) in (len(shape), len(shape) - len(plan.axes)):
         plan.mask_shape(given, shape)
         mask = xp.reshape(mask, [1 if axis in plan.axes else size for axis, size in enumerate(sizes)])

@@ -53,8 +53,11 @@ def load_model(
 
     Raises:
         FileNotFoundError: If there is no such file.
+        TypeError: If `filepath` is no path.
         ValueError: If it is of another kind, or Keras cannot load it.
     """
+    if not isinstance(filepath, (str, os.PathLike)):
+        raise TypeError(f"filepath must be a path; {received(filepath)}.")
     path = os.fspath(filepath)
     kind = os.path.splitext(path)[1].lower()
     if kind not in (".keras", ".h5", ".hdf5"):
@@ -85,6 +88,8 @@ def _rewrite_archive(path: str, copy: str) -> None:
 def _rewrite_hdf5(path: str, copy: str) -> None:
     import h5py
 
+    if not h5py.is_hdf5(path):
+        raise ValueError(f"{path} must be an HDF5 file that Keras has written.")
     shutil.copyfile(path, copy)
     with h5py.File(copy, "r+") as file:
         config = file.attrs.get("model_config")

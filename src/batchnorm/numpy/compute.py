@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from batchnorm import cpu
-from batchnorm.core import algebra, normalize, passes
+from batchnorm.core import algebra, normalize, passes, state
 from batchnorm.core.algebra import Moments
 from batchnorm.core.geometry import Geometry, View
 from batchnorm.core.normalize import Masked, Pair, Renorm
@@ -23,7 +23,7 @@ __all__ = ["Call", "Gradients", "call", "infer", "train"]
 
 Array = npt.NDArray[Any]
 Variables = Mapping[str, Array]
-Wide = np.float64
+COMPOSED_DTYPE = np.float64
 """The arithmetic of the composed path, whatever is stored: it is what everything else is measured against."""
 LINE = 64
 LARGE = 7 << 20
@@ -89,14 +89,15 @@ def train(
     given: dict[str, Any] = {"gamma": gamma, "beta": beta, "adjustment": adjustment}
     given |= {"weights": weights, "masked": masked}
     with np.errstate(invalid="ignore"):  # of what weighs nothing, and may be anything
-        trained = normalize.train(xp, x.astype(Wide), plan, epsilon, renorm=renorm, **given)
+        trained = normalize.train(xp, x.astype(COMPOSED_DTYPE), plan, epsilon, renorm=renorm, **given)
     moved = _move(algebra.reshaped(xp, trained.averaged, plan.parameter_shape), options, variables) if move else {}
-    kept = trained._replace(y=None)
+    saved = trained._replace(y=None)
 
     def gradient(dy: npt.ArrayLike) -> Gradients:
-        upstream = _upstream(np.array(dy), x, Wide)  # of its own: an adjustment's gradient may be a view of it
+        # Of its own, for an adjustment's gradient may be a view of it.
+        upstream = _upstream(np.array(dy), x, COMPOSED_DTYPE)
         with np.errstate(invalid="ignore"):
-            found = normalize.train_gradient(xp, upstream, kept, plan, epsilon, **given)
+            found = normalize.train_gradient(xp, upstream, saved, plan, epsilon, **given)
         return _gradients(found, x, gamma, beta)
 
     return trained.y.astype(x.dtype), moved, gradient
@@ -109,7 +110,7 @@ def _train_cpu(
     plan, _, view, kernels = of
     assert view is not None
     gamma, beta = variables.get("gamma"), variables.get("beta")
-    raw, dtype = _raw(x), Wide if x.dtype == Wide else np.float32
+    raw, dtype = _raw(x), np.float64 if x.dtype == np.float64 else np.float32
     flat = None
     if adjustment is not None:
         scale, bias = (value.astype(dtype, copy=False) for value in adjustment)
@@ -132,7 +133,7 @@ def _train_cpu(
     )
     moved: dict[str, Array] = {}
     if move:
-        moved = {name: value.copy() for name, value in variables.items() if name not in ("gamma", "beta")}
+        moved = {name: value.copy() for name, value in variables.items() if name not in state.PARAMETERS}
         kernels.move_averages(
             mean=mean,
             variance=variance,
@@ -162,10 +163,9 @@ def _train_cpu(
 
 
 def _move(moments: Moments, options: Options, variables: Variables) -> dict[str, Array]:
-    averages = {name: value for name, value in variables.items() if name not in ("gamma", "beta")}
     new, _ = algebra.track(
         xp,
-        averages,
+        state.averages(variables),
         moments,
         options.epsilon,
         rate=options.rate,
@@ -196,7 +196,7 @@ def infer(
     else:
         given: dict[str, Any] = {"gamma": gamma, "beta": beta, "weights": weights, "masked": masked}
         with np.errstate(invalid="ignore"):  # of what weighs nothing, and may be anything
-            y = normalize.infer(xp, x.astype(Wide), plan, epsilon, mean, variance, **given).astype(x.dtype)
+            y = normalize.infer(xp, x.astype(COMPOSED_DTYPE), plan, epsilon, mean, variance, **given).astype(x.dtype)
     return y, functools.partial(_infer_gradient, x, plan, epsilon, mean, variance, gamma, beta, weights, masked)
 
 
@@ -204,10 +204,10 @@ def _infer_gradient(
     x: Array, plan: Geometry, epsilon: Any, mean: Array, variance: Array, gamma: Array | None, beta: Array | None,
     weights: Array | None, masked: Masked, dy: npt.ArrayLike,
 ) -> Gradients:  # fmt: skip
-    upstream = _upstream(dy, x, Wide)
+    upstream = _upstream(dy, x, COMPOSED_DTYPE)
     given: dict[str, Any] = {"gamma": gamma, "beta": beta, "weights": weights, "masked": masked}
     with np.errstate(invalid="ignore"):
-        found = normalize.infer_gradient(xp, upstream, x.astype(Wide), plan, epsilon, mean, variance, **given)
+        found = normalize.infer_gradient(xp, upstream, x.astype(COMPOSED_DTYPE), plan, epsilon, mean, variance, **given)
     return _gradients(found, x, gamma, beta)
 
 

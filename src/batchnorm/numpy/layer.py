@@ -139,7 +139,7 @@ class BatchNormalization:
         }
         self.trainable = flag("trainable", trainable)
         self.name = name
-        self.dtype = None if dtype is None else _floating("dtype", np.dtype(dtype))
+        self.dtype = None if dtype is None else _floating("dtype", dtype)
         self.variables: dict[str, Array] = {}
         self._geometry: Geometry | None = None
         self._calls: dict[tuple[tuple[int, ...], np.dtype[Any], bool], compute.Call] = {}
@@ -190,13 +190,15 @@ class BatchNormalization:
         Raises:
             ValueError: If the options do not fit the shape.
         """
-        plan = geometry.plan(tuple(shape), self._axis, self.options.virtual_batch_size)
-        kept = np.promote_types(self.dtype or _floating("dtype", np.dtype(dtype)), np.float32)
+        plan = geometry.plan(tuple(shape), self.options.feature_axis, self.options.virtual_batch_size)
+        variable_dtype = np.promote_types(self.dtype or _floating("dtype", dtype), np.float32)
         for name, value in self.variables.items():  # loaded before anything was known about the inputs
             _check_shape(name, value, plan)
         loaded = self.variables
         self.variables = {
-            name: loaded[name].astype(kept) if name in loaded else self._initial(name, plan.parameter_shape, kept)
+            name: loaded[name].astype(variable_dtype)
+            if name in loaded
+            else self._initial(name, plan.parameter_shape, variable_dtype)
             for name in state.names(self.options)
         }
         self._geometry = plan
@@ -247,7 +249,7 @@ class BatchNormalization:
             Array of the shape and type of `inputs`.
 
         Raises:
-            TypeError: If the inputs are not floating-point numbers.
+            TypeError: If the inputs are not floating-point numbers, or another argument is of the wrong type.
             ValueError: If they, or the mask, do not fit the layer.
         """
         return self._apply(np.asarray(inputs), training, mask, update)[0]
@@ -270,7 +272,8 @@ class BatchNormalization:
     def _apply(
         self, x: Array, training: bool, mask: npt.ArrayLike | None, update: bool, copied: bool = False
     ) -> tuple[Array, Gradient]:
-        key = x.shape, x.dtype, bool(training)
+        training, update = flag("training", training), flag("update", update)
+        key = x.shape, x.dtype, training
         of = self._calls.get(key)
         if of is None:
             of = self._call(*key)
@@ -300,7 +303,7 @@ class BatchNormalization:
 
     def _call(self, shape: tuple[int, ...], dtype: np.dtype[Any], training: bool) -> compute.Call:
         _floating("inputs", dtype)
-        plan = self._geometry or geometry.plan(shape, self._axis, self.options.virtual_batch_size)
+        plan = self._geometry or geometry.plan(shape, self.options.feature_axis, self.options.virtual_batch_size)
         plan.check_input(shape)
         if len(self._calls) >= REMEMBERED:
             self._calls.clear()
@@ -309,20 +312,22 @@ class BatchNormalization:
     def _adjust(self, shape: tuple[int, ...], plan: Geometry) -> tuple[Pair, bool]:
         """Ask for the adjustment of a batch, and tell whether it has one value for each feature."""
         assert self.options.adjustment is not None
-        scale, bias = (np.array(value, compute.Wide, order="C") for value in pair(self.options.adjustment(shape)))
+        adjusted = pair(self.options.adjustment(shape))
+        scale, bias = (np.array(value, compute.COMPOSED_DTYPE, order="C") for value in adjusted)
         return (scale, bias), plan.check_adjustment((scale.shape, bias.shape), shape)
 
     def _initial(self, name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
         if name in ("moving_stddev", "renorm_stddev"):
             stddev: Array = algebra.stddev(xp, self._initial("moving_variance", shape, dtype), 0)
             return stddev
-        initial = self._initializers["moving_mean" if name == "renorm_mean" else name]
-        return np.array(np.broadcast_to(np.asarray(initial(shape, dtype), dtype), shape), order="C")
-
-    @property
-    def _axis(self) -> int | tuple[int, ...]:
-        axis = self.options.axis
-        return axis if isinstance(axis, int) else tuple(axis)
+        name = "moving_mean" if name == "renorm_mean" else name
+        initial = np.asarray(self._initializers[name](shape, dtype), dtype)
+        try:
+            return np.array(np.broadcast_to(initial, shape), order="C")
+        except ValueError:
+            raise ValueError(
+                f"{name}_initializer must be or give what broadcasts to shape {shape}; received shape {initial.shape}."
+            ) from None
 
 
 def _check_shape(name: str, value: Array, plan: Geometry) -> None:
@@ -340,11 +345,16 @@ def _weights(mask: Array, shape: tuple[int, ...], plan: Geometry) -> Array:
     return weights
 
 
-def _floating(name: str, dtype: np.dtype[Any]) -> np.dtype[Any]:
+def _floating(name: str, given: npt.DTypeLike) -> np.dtype[Any]:
+    allowed = f"{name} must be of a floating-point type of up to 64 bits"
+    try:
+        dtype = np.dtype(given)
+    except TypeError:
+        raise TypeError(f"{allowed}; {received(given)}.") from None
     # NumPy does not count bfloat16, which other packages bring, among its own floating types. Nothing is computed in
     # more than 64 bits.
     if not ((np.issubdtype(dtype, np.floating) and dtype.itemsize <= 8) or dtype.name == "bfloat16"):
-        raise TypeError(f"{name} must be of a floating-point type of up to 64 bits; received {dtype.name}.")
+        raise TypeError(f"{allowed}; received {dtype.name}.")
     return dtype
 
 

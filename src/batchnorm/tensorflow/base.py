@@ -169,7 +169,12 @@ class Layer(tf.Module):
         elif isinstance(dtype, str) and dtype in mixed:
             self._dtype, self._compute_dtype = "float32", mixed[dtype]
         else:
-            self._dtype = None if dtype is None else tf.as_dtype(dtype).base_dtype.name
+            try:
+                self._dtype = None if dtype is None else tf.as_dtype(dtype).base_dtype.name
+            except TypeError:
+                raise TypeError(
+                    f"dtype must be None, a type of TensorFlow or its name, or one of {list(mixed)}; {received(dtype)}."
+                ) from None
             self._compute_dtype = self._dtype
 
     # Variables.
@@ -277,8 +282,8 @@ class Layer(tf.Module):
                 for part in parts:
                     self.add_loss(_penalty(name, regularizer, part))
         for part in parts:  # a custom getter may have made it untrainable
-            kept = wanted and getattr(part, "trainable", True)
-            (self._book.trainable if kept else self._book.non_trainable).append(part)
+            trained = wanted and getattr(part, "trainable", True)
+            (self._book.trainable if trained else self._book.non_trainable).append(part)
         return variable
 
     def add_variable(self, *args: Any, **kwargs: Any) -> Any:
@@ -314,7 +319,7 @@ class Layer(tf.Module):
                 variable.assign(value)
             return
         initializers = [variable.initializer for variable in variables]
-        feed = {one.inputs[1]: value for one, value in zip(initializers, weights, strict=True)}
+        feed = {initializer.inputs[1]: value for initializer, value in zip(initializers, weights, strict=True)}
         self._session("set_weights").run(initializers, feed)
 
     def _session(self, method: str) -> Any:
@@ -543,27 +548,27 @@ def _penalty(name: str, regularizer: Callable[[Any], Any], variable: Any) -> Cal
 
 
 def _collect(elements: Sequence[Any], collection: str) -> None:
-    kept = v1.get_collection_ref(collection)
-    present = {id(element) for element in kept}
-    kept.extend(element for element in elements if id(element) not in present)
+    collected = v1.get_collection_ref(collection)
+    present = {id(element) for element in collected}
+    collected.extend(element for element in elements if id(element) not in present)
 
 
-def _depending(targets: Sequence[Any], inputs: Any) -> list[Any]:
-    """The tensors and operations among `targets` that any of `inputs` leads to; eagerly, where nothing tells, all."""
+def _depending(results: Sequence[Any], inputs: Any) -> list[Any]:
+    """The tensors and operations among `results` that any of `inputs` leads to; eagerly, where nothing tells, all."""
     if tf.executing_eagerly():
-        return list(targets)
+        return list(results)
     sources = {id(tensor) for tensor in tf.nest.flatten(inputs)}
     found = []
-    for target in targets:
-        pending = [getattr(target, "op", target)]
-        seen = set()
+    for result in results:
+        pending = [getattr(result, "op", result)]
+        visited = set()
         while pending:
             operation = pending.pop()
-            if operation in seen:
+            if operation in visited:
                 continue
-            seen.add(operation)
+            visited.add(operation)
             if any(id(tensor) in sources for tensor in operation.inputs):
-                found.append(target)
+                found.append(result)
                 break
             pending.extend(tensor.op for tensor in operation.inputs)
             pending.extend(operation.control_inputs)

@@ -10,6 +10,7 @@ import numpy as np
 import tensorflow as tf
 
 from batchnorm.core import state
+from batchnorm.core.options import small_number
 
 __all__ = ["modernize_checkpoint", "read", "write"]
 
@@ -31,13 +32,14 @@ def modernize_checkpoint(source: str | os.PathLike[str], target: str | os.PathLi
         The number of layers converted.
 
     Raises:
-        ValueError: If source and target are the same.
+        ValueError: If source and target are the same, or `epsilon` is negative.
         KeyError: If a renorm layer of the older generation is not whole.
         tf.errors.NotFoundError: If there is no checkpoint at `source`.
     """
     source, target = os.fspath(source), os.fspath(target)
     if os.path.abspath(source) == os.path.abspath(target):
         raise ValueError(f"target must differ from source; received {target!r} for both.")
+    small_number("epsilon", epsilon)
     tensors = read(source)
     suffix = "renorm_mean_weight"
     prefixes = [name.removesuffix(suffix) for name in tensors if name.endswith(suffix)]

@@ -17,7 +17,7 @@ from batchnorm.core.options import Options
 
 from . import namespace as xp
 from . import operations
-from .namespace import wide
+from .namespace import accumulation_dtype
 
 __all__ = ["assign_moving_average", "infer", "move", "move_by", "train", "view", "weights"]
 
@@ -66,7 +66,7 @@ def train(
     fused = options.fused if moments is None else False
     fusible = fusible and weights is None
     kernel = passes.select(fused, {operations.KERNEL: ours, FUSED_OP: fusible})
-    count = xp.astype(plan.whole.count(xp.shape(x)), wide(x))
+    count = xp.astype(plan.whole.count(xp.shape(x)), accumulation_dtype(x.dtype))
     if kernel == FUSED_OP:
         y, mean, variance = _fused(x, plan, options, read)
         return y, Moments(mean, variance, count), kernel
@@ -93,7 +93,7 @@ def train(
     else:
         trained = normalize.train(
             xp,
-            tf.cast(x, wide(x)),
+            tf.cast(x, accumulation_dtype(x.dtype)),
             plan,
             options.epsilon,
             gamma=gamma,
@@ -118,7 +118,15 @@ def infer(x: Any, plan: Geometry, options: Options, read: Read, fusible: bool) -
     moving = read("moving_mean"), read("moving_variance")
     if kernel == FUSED_OP:
         return _fused(x, plan, options, read, moving)[0], kernel
-    y = normalize.infer(xp, tf.cast(x, wide(x)), plan, options.epsilon, *moving, gamma=read("gamma"), beta=read("beta"))
+    y = normalize.infer(
+        xp,
+        tf.cast(x, accumulation_dtype(x.dtype)),
+        plan,
+        options.epsilon,
+        *moving,
+        gamma=read("gamma"),
+        beta=read("beta"),
+    )
     return tf.cast(y, x.dtype), kernel
 
 
@@ -139,7 +147,7 @@ def _fused(x: Any, plan: Geometry, options: Options, read: Read, moving: tuple[A
 
 def view(x: Any, plan: Geometry) -> Any:
     """See a batch in the type of the arithmetic, and by virtual batches, as moments are measured."""
-    x = tf.cast(_divisible(x, plan), wide(x))
+    x = tf.cast(_divisible(x, plan), accumulation_dtype(x.dtype))
     return x if plan.group_axis is None else tf.reshape(x, plan.split(xp.shape(x)))
 
 
@@ -153,7 +161,7 @@ def weights(mask: Any, x: Any, plan: Geometry) -> Any:
     shape = [1 if axis in plan.axes else size for axis, size in enumerate(xp.shape(x))]
     if mask.dtype == tf.bool:
         return tf.reshape(mask, shape)
-    found = tf.reshape(tf.cast(mask, wide(x)), shape)
+    found = tf.reshape(tf.cast(mask, accumulation_dtype(x.dtype)), shape)
     if tf.executing_eagerly() and not bool(tf.reduce_all((found >= 0) & tf.math.is_finite(found))):
         raise ValueError(REFUSED_WEIGHTS)
     return tf.stop_gradient(found)

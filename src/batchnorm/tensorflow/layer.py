@@ -29,8 +29,6 @@ __all__ = ["BatchNorm", "BatchNormalization", "batch_norm", "batch_normalization
 
 v1 = tf.compat.v1
 
-_HALF = ("float16", "bfloat16")
-
 _NEVER_CALLED = (
     "_assign_new_value",
     "_fused_batch_norm",
@@ -222,6 +220,11 @@ class BatchNormalization(Layer):
             raise ValueError(f"{field} cannot change once the variables of {self.name} are made; {received(value)}.")
         self._options = dataclasses.replace(self._options, **{field: value})
 
+    def _set_dtype(self, dtype: Any) -> None:
+        super()._set_dtype(dtype)
+        if self.compute_dtype is not None and not tf.as_dtype(self.compute_dtype).is_floating:
+            raise TypeError(f"dtype must be of a floating-point type; received {self.compute_dtype}.")
+
     @property
     def _plan(self) -> Geometry:
         if self._geometry is None:
@@ -242,7 +245,7 @@ class BatchNormalization(Layer):
             and not options.renorm
             and options.virtual_batch_size is None
             and options.adjustment is None
-            and self.compute_dtype in (*_HALF, "float32")
+            and self.compute_dtype in ("float16", "bfloat16", "float32")
         )
 
     # Building.
@@ -266,10 +269,10 @@ class BatchNormalization(Layer):
             "renorm_mean": self.moving_mean_initializer,
             "renorm_stddev": self._initial_stddev,
         }
-        dtype = tf.float32 if self._dtype in _HALF else tf.as_dtype(self._dtype)
+        dtype = xp.accumulation_dtype(tf.as_dtype(self._dtype))
         for name in state.names(options):
             keywords: dict[str, Any] = {}
-            if name in ("gamma", "beta"):
+            if name in state.PARAMETERS:
                 keywords = {
                     "regularizer": getattr(self, f"{name}_regularizer"),
                     "constraint": getattr(self, f"{name}_constraint"),
@@ -280,7 +283,7 @@ class BatchNormalization(Layer):
                     "synchronization": tf.VariableSynchronization.ON_READ,
                     "aggregation": tf.VariableAggregation.MEAN,
                 }
-            with _unpartitioned(self._scope if name not in ("gamma", "beta") else None):
+            with _unpartitioned(self._scope if name not in state.PARAMETERS else None):
                 variable = self.add_weight(name, plan.parameter_shape, dtype, makers[name], **keywords)
             setattr(self, name, variable)
         self._geometry = plan
@@ -291,12 +294,7 @@ class BatchNormalization(Layer):
     def _plan_for(self, shape: Any) -> Geometry:
         if shape.rank is None:
             raise ValueError("inputs must have a known rank; received a tensor of unknown rank.")
-        axis = self._options.axis
-        return geometry.plan(
-            tuple(shape.as_list()),
-            axis if isinstance(axis, int) else tuple(axis),
-            self._options.virtual_batch_size,
-        )
+        return geometry.plan(tuple(shape.as_list()), self._options.feature_axis, self._options.virtual_batch_size)
 
     def _initial_stddev(self, shape: Any, dtype: Any = tf.float32, **kwargs: Any) -> Any:
         return algebra.stddev(xp, self.moving_variance_initializer(shape, dtype=dtype, **kwargs), 0)
@@ -373,8 +371,9 @@ class BatchNormalization(Layer):
         weights = None if mask is None or measured is not None else compute.weights(mask, x, self._plan)
         merged = self.synchronized and has_replicas()
         if merged:
-            own = measured or normalize.measure(xp, compute.view(x, self._plan), self._plan.reduced_axes, weights)
-            measured = merge(own)
+            if measured is None:
+                measured = normalize.measure(xp, compute.view(x, self._plan), self._plan.reduced_axes, weights)
+            measured = merge(measured)
         if training is True:
             y, moments, self.kernel = self._train(x, adjustment, by_feature, measured, weights)
         else:
@@ -421,7 +420,7 @@ class BatchNormalization(Layer):
         """Move the averages; in a graph, record the operations that do."""
         if tf.distribute.has_strategy() and tf.distribute.in_cross_replica_context():
             return  # replicas update; outside of them there is no batch of one's own
-        names = [name for name in state.names(self._options) if name not in ("gamma", "beta")]
+        names = [name for name in state.names(self._options) if name not in state.PARAMETERS]
         if v1.executing_eagerly_outside_functions() and not self.trainable:
             # Nothing for inference moves. As in the original, renorm's own averages do, for they serve training.
             names = [name for name in names if name.startswith("renorm")]
@@ -442,15 +441,16 @@ class BatchNormalization(Layer):
         adjustment = self._options.adjustment
         if adjustment is None:
             return None, True
-        scale, bias = (xp.astensor(value, xp.wide(x)) for value in pair(adjustment(tf.shape(x))))
+        scale, bias = (xp.astensor(value, xp.accumulation_dtype(x.dtype)) for value in pair(adjustment(tf.shape(x))))
         shapes = [None if value.shape.rank is None else value.shape.as_list() for value in (scale, bias)]
         return (scale, bias), self._plan.check_adjustment(shapes, x.shape.as_list())
 
     def _read(self, name: str) -> Any:
         """Read a variable in the type of all arithmetic; None where there is none."""
         variable = getattr(self, name)
-        wide = tf.float64 if self.compute_dtype == "float64" else tf.float32
-        return None if variable is None else tf.cast(tf.convert_to_tensor(variable), wide)
+        if variable is None:
+            return None
+        return tf.cast(tf.convert_to_tensor(variable), xp.accumulation_dtype(tf.as_dtype(self.compute_dtype)))
 
     # What a subclass may override, under the names of the original, and called where it called them.
 

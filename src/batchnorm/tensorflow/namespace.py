@@ -5,6 +5,7 @@ from typing import Any
 import tensorflow as tf
 
 __all__ = [
+    "accumulation_dtype",
     "astensor",
     "astype",
     "broadcast_to",
@@ -19,7 +20,6 @@ __all__ = [
     "stop_gradient",
     "sum",
     "where",
-    "wide",
 ]
 
 broadcast_to = tf.broadcast_to
@@ -63,6 +63,6 @@ def astensor(value: Any, dtype: Any) -> Any:
     return tf.cast(value, dtype) if tf.is_tensor(value) else tf.convert_to_tensor(value, dtype)
 
 
-def wide(x: Any) -> Any:
-    """Name the type of all arithmetic on a tensor: float32 or wider."""
-    return tf.float64 if x.dtype == tf.float64 else tf.float32
+def accumulation_dtype(dtype: Any) -> Any:
+    """The type of sums, and so of all arithmetic, on tensors of a type: float32 or wider."""
+    return tf.float64 if dtype == tf.float64 else tf.float32

@@ -17,7 +17,7 @@ from batchnorm.cpu import KERNEL
 
 from . import namespace as xp
 from . import xla
-from .namespace import wide
+from .namespace import accumulation_dtype
 
 __all__ = ["KERNEL", "forward", "on_cpu", "serves"]
 
@@ -78,7 +78,7 @@ def forward(
         The output, and what averages move to, one value for each feature: over virtual batches the means of theirs. The
         count is that of the weights, without them any.
     """
-    dtype = wide(x)
+    dtype = accumulation_dtype(x.dtype)
 
     def flat(value: Any) -> Any:
         return np.zeros(0, dtype.as_numpy_dtype) if value is None else tf.reshape(tf.cast(value, dtype), [-1])

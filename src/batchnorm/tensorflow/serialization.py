@@ -11,8 +11,6 @@ from batchnorm.core.options import received
 
 __all__ = ["get", "serialize"]
 
-_KINDS = ("initializer", "regularizer", "constraint")
-
 
 def get(argument: str, value: Any) -> Callable[..., Any] | None:
     """Find the function that an argument names.
@@ -63,9 +61,11 @@ def _stock_initializer(value: str | Mapping[str, Any]) -> Callable[..., Any] | N
     name, config = value.get("class_name", ""), value.get("config", {})
     found = next(
         (
-            one
-            for key, one in vars(stock).items()
-            if isinstance(one, type) and name in (key, one.__name__) and hasattr(one, "from_config")
+            initializer
+            for key, initializer in vars(stock).items()
+            if isinstance(initializer, type)
+            and name in (key, initializer.__name__)
+            and hasattr(initializer, "from_config")
         ),
         None,
     )

@@ -58,7 +58,7 @@ def _forward(
     virtual_batch_size: int | None,
     zeroed: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    static, view = _seen(x, Static(epsilon, tuple(axes), virtual_batch_size, zeroed))
+    static, view = _checked(x, Static(epsilon, tuple(axes), virtual_batch_size, zeroed))
     weights = _weights(weights, x, static)
     if (renorm_mean is None) != (renorm_stddev is None):
         raise ValueError("renorm_mean and renorm_stddev must be given together.")
@@ -107,7 +107,7 @@ def _backward(
     virtual_batch_size: int | None,
     zeroed: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    static, view = _seen(x, Static(epsilon, tuple(axes), virtual_batch_size, zeroed))
+    static, view = _checked(x, Static(epsilon, tuple(axes), virtual_batch_size, zeroed))
     weights = _weights(weights, x, static)
     counted = None if counts is None or not counts.numel() else counts.contiguous()
     corrected = correction.contiguous() if correction.numel() else None
@@ -135,7 +135,7 @@ def _(
     )
 
 
-def _seen(x: Tensor, static: Static) -> tuple[Static, View]:
+def _checked(x: Tensor, static: Static) -> tuple[Static, View]:
     """Check what tells how an input is seen; anyone may call an operator."""
     if x.dtype not in cpu.TYPES:
         raise TypeError(f"x must be of a type among {sorted(map(str, cpu.TYPES))}; received {x.dtype}.")

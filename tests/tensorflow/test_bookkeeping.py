@@ -496,8 +496,10 @@ def test_attributes_are_checked_and_those_that_shape_variables_stay_after_buildi
         layer.renorm_clipping["rmax"] = 2.0  # type: ignore[index]
 
 
-def test_a_mask_that_does_not_fit_is_refused_before_a_variable_is_made() -> None:
-    layer = ours.BatchNormalization()
+def test_a_mask_that_does_not_fit_is_refused_before_a_variable_is_made_or_moved() -> None:
+    layer, built = ours.BatchNormalization(), ours.BatchNormalization()
+    built.build([None, 3])
+    before = built.get_weights()
     for mask, error, message in (
         ([True], ValueError, r"mask must have shape \(2,\) or \(2, 1\)"),
         ([1.0, -1.0], ValueError, "mask must hold finite numbers that are not negative"),
@@ -506,6 +508,10 @@ def test_a_mask_that_does_not_fit_is_refused_before_a_variable_is_made() -> None
         with pytest.raises(error, match=message):
             layer(tf.ones([2, 3]), training=True, mask=tf.constant(mask))
         assert not layer.built
+        for training in (True, False):
+            with pytest.raises(error, match=message):
+                built(tf.ones([2, 3]), training=training, mask=tf.constant(mask))
+    np.testing.assert_equal(built.get_weights(), before)
     layer(tf.ones([2, 3]), training=True, mask=None)
     with pytest.raises(ValueError, match="mask must be None"):
         layer._moments(tf.ones([2, 3]), [0], False, mask=tf.constant([True, False]))

@@ -9,6 +9,7 @@ namespace {
 
 constexpr int64_t STRETCH = 64 * 1024;  // bytes that should be read side by side
 constexpr int64_t BURST = 1024;         // bytes of one place that are read before it is the next one's turn
+constexpr int64_t FETCHED = 16 << 20;   // bytes to read of which most are in no cache when a call begins
 constexpr int64_t CARRIED =
     4096;  // values of a feature that sums are carried over in Value, before they go to a double
 
@@ -26,7 +27,9 @@ class ChannelsFirst {
         alone(v.size() < ALONE),
         features(v.features),
         positions_(view, weights),
-        past_(goes_past_caches<E>(v)) {
+        past_(goes_past_caches<E>(v)),
+        waits_(waits),
+        fetches_(arrays * v.size() * static_cast<int64_t>(sizeof(typename E::Stored)) > FETCHED) {
     block_ = features_at_once<E>(v, (waits ? v.rows : v.group_rows()) * arrays, STRETCH, alone);
     tasks = ceil_div(v.features, block_);
   }
@@ -133,16 +136,17 @@ class ChannelsFirst {
     if (weighs) row = Row(scratch, v.inner);
     for (int64_t i = v.group_rows(group) - 1; i >= 0; i--) {  // backwards: the end is what the cache still has
       auto at = arrays.at(place(group, i, part.begin_feature));
+      const int64_t ahead = fetches_ ? next_place(group, i, part) : 0;
       if (weighs) row.read(positions_, group, i, v.inner);
       if (!weighs || row.plain()) {
-        map_runs<Formula, E>(at, part.features(), v.inner, past_, coefficients);
+        map_runs<Formula, E>(at, part.features(), v.inner, past_, ahead, coefficients);
         continue;
       }
       for (int64_t c = 0; c < part.features(); c++, at = at.at(v.inner)) {
         Value* by[Formula::COEFFICIENTS];
         for (int k = 0; k < Formula::COEFFICIENTS; k++) by[k] = coefficients[k] + c;
         auto write = [&](const auto& from, int64_t n, auto formula) {
-          map_runs<decltype(formula), E>(from, 1, n, past_, by);
+          map_runs<decltype(formula), E>(from, 1, n, past_, ahead, by);
         };
         each_stretch<Formula>(at, row, v.inner, write, [&](const auto& from, int64_t n, auto formula) {
           if (positions_.zeroed())
@@ -216,8 +220,16 @@ class ChannelsFirst {
 
   int64_t place(int64_t group, int64_t i, int64_t c) const { return (row_of(v, group, i) * v.features + c) * v.inner; }
 
+  // How far ahead lies what a thread is likely to measure next, when it writes a row of a group: the same row of the
+  // group that follows, or of the part that is its next if all threads are as fast; 0 where there is none.
+  int64_t next_place(int64_t group, int64_t i, const Part& part) const {
+    int64_t c = part.begin_feature, here = place(group, i, c), next = c + num_threads() * block_;
+    if (!waits_ && group + 1 < part.end_group) return place(group + 1, least(i, v.group_rows(group + 1) - 1), c) - here;
+    return next < v.features ? place(waits_ ? group : part.begin_group, i, next) - here : 0;
+  }
+
   const Positions positions_;
-  bool past_;
+  const bool past_, waits_, fetches_;
   int64_t block_;
 };
 

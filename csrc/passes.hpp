@@ -8,14 +8,21 @@ namespace {
 
 constexpr int WAYS = 4;  // vectors that do not wait for each other
 
-// Results are written to the caches or past them; past them only whole lines are worth it.
+// Results are written to the caches or past them; past them only whole lines are worth it. Then there is so much data
+// that what is read next is worth fetching meanwhile.
 template <class E>
 struct ToCaches {
+  static constexpr bool FETCHES = false;
   static void store(typename E::Stored* p, typename E::Vector v) { E::store(p, v); }
 };
 template <class E>
 struct PastCaches {
+  static constexpr bool FETCHES = false;
   static void store(typename E::Stored* p, typename E::Vector v) { E::stream(p, v); }
+};
+template <class E>
+struct PastCachesWhileFetching : PastCaches<E> {
+  static constexpr bool FETCHES = true;
 };
 constexpr int64_t LINE = 64;
 template <class E>
@@ -62,9 +69,10 @@ template <class Formula, class E>
 
 // Stores what the formula makes of `runs` runs of n values, which may lie where it is stored. All lie side by side, and
 // several have at least two vectors each: so vectors are stored from where one is aligned, and lanes of one where two
-// runs meet have the coefficients of their own.
+// runs meet have the coefficients of their own. Where results go past the caches, what lies `ahead` of the values is
+// fetched into them, unless that is 0.
 template <class Formula, class E>
-void map_runs(const typename Formula::template From<E>& arrays, int64_t runs, int64_t n, bool past,
+void map_runs(const typename Formula::template From<E>& arrays, int64_t runs, int64_t n, bool past, int64_t ahead,
               typename E::Value* const (&coefficients)[Formula::COEFFICIENTS]) {
   using L = VectorLanes<E>;
   using V = typename E::Vector;
@@ -90,6 +98,11 @@ void map_runs(const typename Formula::template From<E>& arrays, int64_t runs, in
   };
   auto map = [&](int64_t i, const Coefficients& by) { return Formula::template map<L>(arrays, i, by.values); };
   auto write = [&](int64_t i, int64_t end, auto to) {
+    auto fetch = [&](int64_t i, int64_t values) {
+      if constexpr (decltype(to)::FETCHES)
+        for (auto* in : arrays.in)
+          for (int64_t k = 0; k < values; k += PER_LINE<E>) __builtin_prefetch(in + i + ahead + k, 0, 2);
+    };
     for (int64_t run = i / n; i < end; run++) {
       const Coefficients by = of_run(run);
       int64_t left = (run + 1) * n - i, whole = least(end, i + left / W * W);
@@ -97,9 +110,13 @@ void map_runs(const typename Formula::template From<E>& arrays, int64_t runs, in
       for (; i + WAYS * W <= whole; i += WAYS * W) {
         V v[WAYS];
         for (int k = 0; k < WAYS; k++) v[k] = map(i + k * W, by);
+        fetch(i, WAYS * W);
         for (int k = 0; k < WAYS; k++) to.store(out + i + k * W, v[k]);
       }
-      for (; i < whole; i += W) to.store(out + i, map(i, by));
+      for (; i < whole; i += W) {
+        fetch(i, W);
+        to.store(out + i, map(i, by));
+      }
       if (left == 0 || i == end) continue;
       Coefficients mixed = of_run(run + 1);
       for (int k = 0; k < K; k++) mixed.values[k] = first_of(by.values[k], left, mixed.values[k]);
@@ -114,7 +131,10 @@ void map_runs(const typename Formula::template From<E>& arrays, int64_t runs, in
   if (past && line < PER_LINE<E> && size >= 4 * WAYS * W) {
     int64_t lines_end = size - (size - line) % UNIT;
     write(begin, line, ToCaches<E>{});
-    write(line, lines_end, PastCaches<E>{});
+    if (ahead == 0)
+      write(line, lines_end, PastCaches<E>{});
+    else
+      write(line, lines_end, PastCachesWhileFetching<E>{});
     write(lines_end, end, ToCaches<E>{});
   } else {
     write(begin, end, ToCaches<E>{});

@@ -15,7 +15,7 @@ from batchnorm.core.passes import COMPOSED
 from batchnorm.cpu import KERNEL
 from batchnorm.keras import BatchNormalization, ClippingSchedule, backends
 
-from .support import BACKEND, array, averages, numpy_of
+from .support import BACKEND, STOCK_RENORM, array, averages, numpy_of
 
 SHAPE = (4, 4, 3)
 SCHEDULE = ClippingSchedule(1, rmax_end=5, dmax_end=4)
@@ -88,6 +88,45 @@ def test_fit_reaches_the_statistics_of_the_reference_and_predicts_by_them(option
     before = layer.get_weights()
     model.predict(x, verbose=0)
     assert all(np.array_equal(a, b) for a, b in zip(before, layer.get_weights(), strict=True))
+
+
+def test_fit_under_xla_reaches_the_weights_that_keras_own_layer_reaches() -> None:
+    x, target = data(44)  # in batches of 16, 16 and 12
+    weights = np.linspace(0.5, 1.5, 44)
+
+    def made(kind: Any) -> Any:
+        keras.utils.set_random_seed(1)
+        limits = {"rmax": 2.0, "dmax": 0.5}
+        corrected = {"renorm": True, "renorm_clipping": limits, "renorm_momentum": 0.8} if STOCK_RENORM else {}
+        model = keras.Sequential(
+            [
+                keras.Input(SHAPE),
+                keras.layers.Dense(4),
+                kind(momentum=0.8, gamma_regularizer="l2"),
+                keras.layers.Activation("tanh"),
+                keras.layers.Dense(5),
+                kind(momentum=0.8, **corrected),
+                keras.layers.Activation("tanh"),
+                keras.layers.Flatten(),
+                keras.layers.Dense(1),
+            ]
+        )
+        model.compile(keras.optimizers.SGD(0.05), "mse", jit_compile=BACKEND != "torch")  # which would take a minute
+        return model
+
+    models = [made(kind) for kind in (BatchNormalization, keras.layers.BatchNormalization)]
+    before = models[0].get_weights()
+    options = {"sample_weight": weights, "batch_size": 16, "epochs": 3, "shuffle": False, "verbose": 0}
+    found, expected = (model.fit(x, target, **options).history["loss"] for model in models)
+    np.testing.assert_allclose(found, expected, rtol=1e-4)
+    kernel = KERNEL if BACKEND == "torch" or compiles_kernels() else COMPOSED
+    assert [models[0].layers[at].kernel for at in (1, 4)] == [kernel] * 2
+    values = (model.get_weights() for model in models)
+    for weight, one, other, first in zip(models[0].weights, *values, before, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-5, err_msg=weight.path)
+        if weight.path.rpartition("/")[2] != "bias":  # of Dense, which a mean takes away again
+            assert np.abs(one - first).max() > 1e-3, weight.path
+    np.testing.assert_allclose(*(model.predict(x, verbose=0) for model in models), rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", [head, functional, Subclass])
@@ -306,6 +345,23 @@ def test_a_compiled_step_is_one_graph_and_evaluation_can_be_exported() -> None:
     model = head(layer).eval()
     program = torch.export.export(model, (x,))
     torch.testing.assert_close(program.module()(x), model(x))
+
+
+@only["torch"]
+@pytest.mark.filterwarnings("ignore")  # of PyTorch's older exporter, which is Keras'
+@pytest.mark.parametrize("options", OPTIONS)
+def test_a_model_exported_to_onnx_predicts_for_any_batch(options: str, tmp_path: Path) -> None:
+    from onnx.reference import ReferenceEvaluator
+
+    model = head(BatchNormalization(**OPTIONS[options]))
+    model.compile("sgd", "mse")
+    x, target = data(16)
+    model.fit(x, target, batch_size=8, verbose=0)
+    model.export(str(tmp_path / "model.onnx"), format="onnx", verbose=False)
+    program = ReferenceEvaluator(str(tmp_path / "model.onnx"))
+    for samples in (16, 3):
+        (y,) = program.run(None, {program.input_names[0]: x[:samples]})
+        np.testing.assert_allclose(y, model.predict(x[:samples], verbose=0), rtol=1e-4, atol=1e-5)
 
 
 @only["torch"]

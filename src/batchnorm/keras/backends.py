@@ -104,7 +104,7 @@ elif BACKEND == "torch":
 
     def infers(x: Any, plan: Geometry) -> bool:
         """Tell whether PyTorch's operator can."""
-        return len(plan.axes) == 1 and plan.rank > 1
+        return len(plan.axes) == 1 and plan.rank > 1 and plan.feature_sizes != (0,)
 
     def inferred(x: Any, plan: Geometry, epsilon: float, mean: Any, variance: Any, gamma: Any, beta: Any) -> Any:
         """Normalize by given moments with that, which wants features on the second axis."""
@@ -176,6 +176,9 @@ else:
 
 def plan(shape: Any, axis: int | tuple[int, ...], virtual_batch_size: int | None) -> Geometry:
     """Work out the geometry; without its cache where that would be traced into a graph, or sizes are no ints."""
+    if BACKEND == "torch" and layout.is_recorded():  # where they are tensors
+        with layout.known_sizes():
+            shape = [int(size) for size in shape]
     sizes = tuple(size if isinstance(size, int) else None for size in shape)
     make: Callable[..., Geometry] = geometry.plan
     if BACKEND == "torch" and torch.compiler.is_compiling():

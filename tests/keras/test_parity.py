@@ -122,6 +122,12 @@ def test_integers_are_taken_as_keras_takes_them() -> None:
         np.testing.assert_allclose(array(one), array(other), rtol=1e-5, atol=1e-5)
 
 
+def test_no_features_give_no_outputs_as_with_keras() -> None:
+    for layer in pair():
+        for training in (True, False):
+            assert array(layer(np.ones((2, 0), "float32"), training=training)).shape == (2, 0)
+
+
 @by_renorm
 def test_trainable_false_is_inference_and_moves_nothing(options: dict[str, Any]) -> None:
     x = np.random.default_rng(0).normal(3, 2, (8, 4)).astype("float32")

@@ -126,7 +126,8 @@ def test_fit_under_xla_reaches_the_weights_that_keras_own_layer_reaches() -> Non
         np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-5, err_msg=weight.path)
         if weight.path.rpartition("/")[2] != "bias":  # of Dense, which a mean takes away again
             assert np.abs(one - first).max() > 1e-3, weight.path
-    np.testing.assert_allclose(*(model.predict(x, verbose=0) for model in models), rtol=1e-3, atol=1e-4)
+    one, other = (model.predict(x, verbose=0) for model in models)
+    np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", [head, functional, Subclass])

@@ -658,7 +658,7 @@ def test_the_fold_s_gradients_are_those_of_finite_differences(name: str) -> None
         return sum(float(up @ value) for up, value in pairs if value is not None)
 
     flat = normalize.by_feature(namespace, plan, (a, b))
-    dgamma, dbeta = normalize.fold_gradient(namespace, dfactor, doffset, gamma, flat)
+    dgamma, dbeta = normalize.fold_gradient(dfactor, doffset, gamma, flat)
     shapes = options["shapes"]
     da, db = normalize.adjustment_gradient(namespace, plan, dfactor, doffset, gamma, shapes)
     near(da, differences(lambda at: loss(gamma, beta, at, b), a), 1e-8)
@@ -670,7 +670,7 @@ def test_the_fold_s_gradients_are_those_of_finite_differences(name: str) -> None
 
 def test_without_an_adjustment_the_parameters_gradients_are_those_of_the_fold() -> None:
     dfactor, doffset = np.ones(3), np.zeros(3)
-    found = normalize.fold_gradient(namespace, dfactor, doffset, np.ones(3), None)
+    found = normalize.fold_gradient(dfactor, doffset, np.ones(3), None)
     assert found[0] is dfactor
     assert found[1] is doffset
 

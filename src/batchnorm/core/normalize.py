@@ -319,7 +319,7 @@ def _flat(xp: Namespace, value: Array | None) -> Array | None:
 
 
 def fold_gradient(
-    xp: Namespace, dfactor: Array | None, doffset: Array | None, gamma: Array | None, adjustment: Pair | None
+    dfactor: Array | None, doffset: Array | None, gamma: Array | None, adjustment: Pair | None
 ) -> tuple[Array | None, Array | None]:
     """The gradients of γ and β from those of factor = a·γ and offset = b·γ + β, along one axis with an adjustment."""
     if adjustment is None or gamma is None or dfactor is None or doffset is None:

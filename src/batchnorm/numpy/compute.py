@@ -156,7 +156,7 @@ def _train_cpu(
         if adjustment is not None and dfactor is not None and doffset is not None:
             shapes = adjustment[0].shape, adjustment[1].shape
             dadjustment = normalize.adjustment_gradient(xp, plan, dfactor, doffset, gamma, shapes)
-        dgamma, dbeta = normalize.fold_gradient(xp, dfactor, doffset, gamma, flat)
+        dgamma, dbeta = normalize.fold_gradient(dfactor, doffset, gamma, flat)
         return Gradients(dx.view(x.dtype), _like(dgamma, gamma), _like(dbeta, beta), dadjustment)
 
     return y.view(x.dtype), moved, gradient

@@ -16,7 +16,7 @@ from batchnorm.core.normalize import Pair
 from . import cpu, layout
 from . import namespace as xp
 from .cpu import Averages, Limits, Replica, Static
-from .layout import wide
+from .layout import accumulation_dtype
 from .synchronized import Replicas
 
 __all__ = ["Call", "composed", "flat", "forward", "second_derivatives", "shaped"]
@@ -63,7 +63,7 @@ def flat(x: Tensor, plan: Geometry, adjustment: Pair | None) -> Pair | None:
     """An adjustment by feature as the kernels want it."""
     if adjustment is None:
         return None
-    dtype = wide(x)
+    dtype = accumulation_dtype(x.dtype)
     scale, shift = (value if value.dtype == dtype else value.to(dtype) for value in adjustment)
     pair: Pair = normalize.by_feature(xp, plan, (scale, shift))
     return pair
@@ -124,7 +124,7 @@ class _Forward(Function):
         if ctx.needs_input_grad[3] or ctx.needs_input_grad[4]:
             shapes = scale.shape, shift.shape
             dscale, dshift = normalize.adjustment_gradient(xp, ctx.plan, dfactor, doffset, weight, shapes)
-        dweight, dbias = normalize.fold_gradient(xp, dfactor, doffset, weight, pair)
+        dweight, dbias = normalize.fold_gradient(dfactor, doffset, weight, pair)
         return (
             dx, shaped(dweight, weight), shaped(dbias, bias), shaped(dscale, scale), shaped(dshift, shift),
             None, None,
@@ -164,7 +164,7 @@ def composed(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """What `cpu.backward` computes, of PyTorch's own operations, which have derivatives and know batched tensors."""
     plan = layout.plan(x, static.axes, static.virtual_batch_size)
-    dtype = wide(x)
+    dtype = accumulation_dtype(x.dtype)
     masked = "zero" if static.zeroed else "normalized"
     given: Any = {"gamma": factor, "beta": offset, "weights": weights, "masked": masked}
     corrected = None if correction is None or not correction.numel() else (correction[0], correction[1])

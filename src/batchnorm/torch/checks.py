@@ -118,7 +118,9 @@ def adjustment(options: Options, x: Tensor, plan: Geometry) -> tuple[Pair, bool]
     """Ask for the adjustment of a batch, and tell whether it has one value for each feature."""
     assert options.adjustment is not None
     first, second = (
-        value if torch.is_tensor(value) else torch.as_tensor(value, device=x.device, dtype=layout.wide(x))
+        value
+        if torch.is_tensor(value)
+        else torch.as_tensor(value, device=x.device, dtype=layout.accumulation_dtype(x.dtype))
         for value in checked_pair(options.adjustment(x.shape))
     )
     for value in (first, second):

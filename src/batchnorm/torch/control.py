@@ -191,7 +191,9 @@ class _Gathered:
         mask = arguments[1] if len(arguments) > 1 else keywords.get("mask")
         weights = None if mask is None else checks.weights(mask, x, plan)
         exact = torch.float32 if x.device.type == "mps" else torch.float64  # MPS has no float64
-        self.moments = normalize.gather(xp, self.moments, x.to(layout.wide(x)), plan, exact, weights)
+        self.moments = normalize.gather(
+            xp, self.moments, x.to(layout.accumulation_dtype(x.dtype)), plan, exact, weights
+        )
 
 
 def _together(layer: Any, moments: Moments | None) -> Moments | None:

@@ -20,7 +20,7 @@ from batchnorm.core.geometry import Geometry, View
 from batchnorm.core.options import Clipping
 
 from . import layout
-from .layout import wide
+from .layout import accumulation_dtype
 
 __all__ = [
     "KERNEL",
@@ -101,7 +101,7 @@ def serves(x: Tensor, plan: Geometry, traced: bool) -> bool:
 
 def can_read(x: Tensor, shape: tuple[int, ...], values: Sequence[Tensor | None]) -> bool:
     """Tell whether the kernels can read and move parameters and statistics of this shape where they are."""
-    dtype = wide(x)
+    dtype = accumulation_dtype(x.dtype)
     for value in values:
         if value is not None and not (
             value.dtype == dtype and value.shape == shape and value.is_cpu and value.is_contiguous() and is_plain(value)
@@ -123,7 +123,12 @@ def check(x: Tensor, view: View, **values: Tensor | None) -> None:
         size = sizes.get(name, (2 if name == "correction" else 1) * view.parameters)
         if not value.is_cpu:
             raise ValueError(f"{name} must be on the CPU; received one on {value.device}.")
-        dtype = {"dy": x.dtype, "moments": wide(x), "correction": wide(x), "counts": wide(x)}.get(name)
+        dtype = {
+            "dy": x.dtype,
+            "moments": accumulation_dtype(x.dtype),
+            "correction": accumulation_dtype(x.dtype),
+            "counts": accumulation_dtype(x.dtype),
+        }.get(name)
         if dtype is not None and value.dtype not in ((dtype, torch.float64) if name == "moments" else (dtype,)):
             raise TypeError(f"{name} must be of {dtype}; received {value.dtype}.")
         if not value.is_floating_point():
@@ -158,7 +163,7 @@ def forward(
     Where groups may differ in what counts in them, also Σw and Σw², [2][groups]. With the `totals` of all replicas the
     moments and counts are theirs. The last result is whether an average has moved, if any was to.
     """
-    dtype = wide(x)
+    dtype = accumulation_dtype(x.dtype)
     x, view, kernel = layout.kernel(x, static.axes, static.virtual_batch_size, static.epsilon)
     y = torch.empty_like(x)
     optional, weights = _weighed(weights, dtype, static)
@@ -230,7 +235,7 @@ def backward(
     static: Static,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Compute the gradients of x, and of factor and offset where these are there, in one row each."""
-    dtype = wide(x)
+    dtype = accumulation_dtype(x.dtype)
     x, view, kernel = layout.kernel(x, static.axes, static.virtual_batch_size, static.epsilon)
     dy, dx = _beside(dy, x), torch.empty_like(x)
     dfactor = None if factor is None else torch.empty(view.parameters, dtype=dtype, device=CPU)
@@ -256,7 +261,7 @@ def totals(x: Tensor, weights: Tensor | None, static: Static) -> Tensor:
     """Measure what replicas add up, as `algebra.totals` in float64."""
     x, view, kernel = layout.kernel(x, static.axes, None, static.epsilon)
     found = torch.empty(2 + 2 * view.parameters, dtype=torch.float64, device=CPU)
-    optional, weights = _weighed(weights, wide(x), static)
+    optional, weights = _weighed(weights, accumulation_dtype(x.dtype), static)
     optional.pop("zeroed", None)
     kernel.totals_at(threads=torch.get_num_threads(), x=_at("x", x), totals=_at("totals", found), **optional)
     return found
@@ -276,7 +281,7 @@ class Replica(NamedTuple):
     def totals_gradient(self, dy: Tensor, wanted: tuple[bool, bool]) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Compute what replicas add up, the gradient of the totals, and the gradients of factor and offset here."""
         totals = torch.empty(2 + self.moments.numel(), dtype=torch.float64, device=CPU)
-        dtype, parameters = wide(self.x), self.moments.numel() // 2
+        dtype, parameters = accumulation_dtype(self.x.dtype), self.moments.numel() // 2
         dfactor, doffset = (torch.empty(parameters, dtype=dtype, device=CPU) if wants else None for wants in wanted)
         self._call("totals_gradient_at", dy, totals, dfactor=_at("dfactor", dfactor), doffset=_at("doffset", doffset))
         return totals, dfactor, doffset
@@ -288,7 +293,7 @@ class Replica(NamedTuple):
         return dx
 
     def _call(self, method: str, dy: Tensor, totals: Tensor, **others: int) -> None:
-        dtype = wide(self.x)
+        dtype = accumulation_dtype(self.x.dtype)
         x, _, kernel = layout.kernel(self.x, self.static.axes, None, self.static.epsilon)
         dy, factor = _beside(dy, x), _dense(self.factor, dtype)
         mean, variance = _halves(self.moments)

@@ -139,7 +139,7 @@ def batch_norm(
     checks.process_group(process_group, options.synchronized)
     return normalize(
         input,
-        geometry.counted_axes(options.axis if isinstance(options.axis, int) else tuple(options.axis), input.shape),
+        geometry.counted_axes(options.feature_axis, input.shape),
         options,
         State(running_mean, running_var, renorm_mean, renorm_stddev, weight, bias),
         Step(momentum, eps, options.renorm_clipping, renorm_momentum),
@@ -372,7 +372,7 @@ def _train_composed(batch: Batch, options: Options, state: State, step: Step, ea
         x = layout.with_gradients_in_format(x, form)
     trained = core.train(
         xp,
-        x.to(layout.wide(x)),
+        x.to(layout.accumulation_dtype(x.dtype)),
         plan,
         step.eps,
         gamma=state.weight,
@@ -462,7 +462,16 @@ def _evaluate(
     if layout.is_eager():
         x = layout.with_gradients_in_format(x, form)
     y = core.infer(
-        xp, x.to(layout.wide(x)), plan, eps, mean, variance, gamma=weight, beta=bias, weights=weights, masked="zero"
+        xp,
+        x.to(layout.accumulation_dtype(x.dtype)),
+        plan,
+        eps,
+        mean,
+        variance,
+        gamma=weight,
+        beta=bias,
+        weights=weights,
+        masked="zero",
     )
     return Result(y.to(x.dtype).contiguous(memory_format=form), kernel)
 

@@ -18,6 +18,7 @@ from batchnorm.core.geometry import Geometry, View
 
 __all__ = [
     "ChannelsLast",
+    "accumulation_dtype",
     "canonical",
     "channels_last",
     "in_format",
@@ -34,7 +35,6 @@ __all__ = [
     "memory_format",
     "plan",
     "training_plan",
-    "wide",
     "with_gradients_in_format",
 ]
 
@@ -114,9 +114,9 @@ def is_batched(gradient: Tensor) -> bool:
     return torch._C._functorch.is_legacy_batchedtensor(gradient)
 
 
-def wide(x: Tensor) -> torch.dtype:
-    """Name the type of statistics: float32 or wider."""
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The type of sums, and so of statistics, on tensors of a type: float32 or wider."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 # ---- What PyTorch keeps.

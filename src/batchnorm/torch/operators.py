@@ -16,7 +16,7 @@ from batchnorm.core.normalize import Renorm
 from . import autograd, checks, cpu, layout
 from .autograd import shaped
 from .cpu import Static
-from .layout import wide
+from .layout import accumulation_dtype
 
 __all__ = ["forward"]
 
@@ -71,7 +71,8 @@ def _forward(
         None if limits is None else tuple(limits.tolist()), static,
     )  # fmt: skip
     correction, counts = (
-        moments.new_empty((2, 0), dtype=wide(x)) if value is None else value for value in (correction, counts)
+        moments.new_empty((2, 0), dtype=accumulation_dtype(x.dtype)) if value is None else value
+        for value in (correction, counts)
     )
     return y, moments, correction, counts
 
@@ -81,7 +82,7 @@ def _(
     x: Tensor, factor: Any, offset: Any, renorm_mean: Any, renorm_stddev: Any, limits: Any, weights: Any,
     epsilon: float, axes: Sequence[int], virtual_batch_size: int | None, zeroed: bool = True,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    dtype, parameters = wide(x), _parameters(x, axes)
+    dtype, parameters = accumulation_dtype(x.dtype), _parameters(x, axes)
     groups = 1 if virtual_batch_size is None else -(-x.shape[0] // virtual_batch_size)
     counted = weights is not None or virtual_batch_size is not None
     return (
@@ -118,7 +119,8 @@ def _backward(
         dy, x, factor, offset, moments.to(torch.float64).contiguous(), corrected, weights, counted, static
     )
     dfactor, doffset = (
-        moments.new_empty(0, dtype=wide(x)) if gradient is None else gradient for gradient in (dfactor, doffset)
+        moments.new_empty(0, dtype=accumulation_dtype(x.dtype)) if gradient is None else gradient
+        for gradient in (dfactor, doffset)
     )
     return dx, dfactor, doffset
 
@@ -131,7 +133,10 @@ def _(
     parameters = _parameters(x, axes)
     return (
         _empty_like(x, axes),
-        *(x.new_empty((0 if value is None else parameters,), dtype=wide(x)) for value in (factor, offset)),
+        *(
+            x.new_empty((0 if value is None else parameters,), dtype=accumulation_dtype(x.dtype))
+            for value in (factor, offset)
+        ),
     )
 
 

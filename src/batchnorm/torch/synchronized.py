@@ -74,7 +74,7 @@ class Replicas(NamedTuple):
         static: Static,
     ) -> list[Tensor | None]:
         """The same gradients with derivatives, by doing the forward pass once more, composed."""
-        plan, dtype = layout.plan(x, static.axes, None), layout.wide(x)
+        plan, dtype = layout.plan(x, static.axes, None), layout.accumulation_dtype(x.dtype)
         factor, offset = (
             value if value is None or value.requires_grad else value.detach().requires_grad_()
             for value in (factor, offset)

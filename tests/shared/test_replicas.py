@@ -119,8 +119,10 @@ for engine, layer in ENGINES.items():
 PYTORCH = """
 rank = int(os.fork() == 0)  # before PyTorch has threads
 
+os.environ["KERAS_BACKEND"] = "torch"
 import torch
 import torch.distributed as dist
+import batchnorm.keras
 from batchnorm.torch import BatchNorm
 
 dist.init_process_group("gloo", init_method="file://" + os.path.abspath("meeting"), rank=rank, world_size=2)
@@ -143,6 +145,15 @@ for case, options in (("plain", {}), ("renorm", renorm)):
         else:  # which is the unbiased one, of 48 values
             began = 0.75 ** (number + 1)
             keep(case, number, moving_variance=(layer.running_var - began) * 47 / 48 + began)
+
+for case, options in (("plain", {}), ("renorm", renorm | {"renorm_momentum": 0.75})):
+    layer = batchnorm.keras.BatchNormalization(momentum=0.75, synchronized=True, **options)
+    for number, arrays in enumerate(zip(xs, dys)):
+        x, dy = (torch.from_numpy(np.split(array, 2)[rank]) for array in arrays)
+        y = layer(x.requires_grad_(), training=True)
+        y.backward(dy)
+        averages = {name: getattr(layer, name).value.detach().clone() for name in AVERAGES[case]}
+        keep(f"keras {case}", number, y=together(y.detach()), dx=together(x.grad), **averages)
 dist.destroy_process_group()
 if rank:
     os._exit(0)

@@ -9,6 +9,7 @@ namespace {
 
 constexpr int64_t STRETCH = 64 * 1024;  // bytes that should be read side by side
 constexpr int64_t BURST = 1024;         // bytes of one place that are read before it is the next one's turn
+constexpr int64_t LONG_STRETCH = 4096;  // bytes of a stretch by itself that are worth writing past the caches
 constexpr int64_t FETCHED = 16 << 20;   // bytes to read of which most are in no cache when a call begins
 constexpr int64_t CARRIED =
     4096;  // values of a feature that sums are carried over in Value, before they go to a double
@@ -146,7 +147,8 @@ class ChannelsFirst {
         Value* by[Formula::COEFFICIENTS];
         for (int k = 0; k < Formula::COEFFICIENTS; k++) by[k] = coefficients[k] + c;
         auto write = [&](const auto& from, int64_t n, auto formula) {
-          map_runs<decltype(formula), E>(from, 1, n, past_, ahead, by);
+          const bool past = past_ && n * static_cast<int64_t>(sizeof(*from.out)) >= LONG_STRETCH;
+          map_runs<decltype(formula), E>(from, 1, n, past, ahead, by);
         };
         each_stretch<Formula>(at, row, v.inner, write, [&](const auto& from, int64_t n, auto formula) {
           if (positions_.zeroed())

@@ -222,7 +222,7 @@ class ChannelsFirst {
 
   int64_t place(int64_t group, int64_t i, int64_t c) const { return (row_of(v, group, i) * v.features + c) * v.inner; }
 
-  // How far ahead lies what a thread is likely to measure next, when it writes a row of a group: the same row of the
+  // How far ahead lies what a thread is likely to read next, when it writes a row of a group: the same row of the
   // group that follows, or of the part that is its next if all threads are as fast; 0 where there is none.
   int64_t next_place(int64_t group, int64_t i, const Part& part) const {
     int64_t c = part.begin_feature, here = place(group, i, c), next = c + num_threads() * block_;

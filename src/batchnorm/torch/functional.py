@@ -297,8 +297,9 @@ def _train_torch(x: Tensor, state: State, step: Step) -> Result:
 def _train_kernels(batch: Batch, options: Options, state: State, step: Step, traced: bool, readable: bool) -> Result:
     """Train by the CPU kernels, which move the averages, too, where these are such that they can."""
     form = layout.memory_format(batch.x)
-    if not batch.x.is_contiguous(memory_format=form):
-        batch = batch._replace(x=batch.x.contiguous(memory_format=form))
+    x = layout.in_format(batch.x, form)
+    if x is not batch.x:
+        batch = batch._replace(x=x)
     # Of replicas each would have its features in an order of its own.
     last = layout.channels_last(batch.x, batch.plan) if batch.replicas is None else None
     direct = step.moves and readable and last is None and not torch.is_tensor(step.momentum)
